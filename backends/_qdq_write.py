@@ -1,0 +1,198 @@
+"""Turn markers into Q/DQ: an exported model with `dfqc::Tap` nodes in, integer initializers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from dfqc.compiler import affine
+from dfqc.compiler.contracts import QParams, QuantState
+from dfqc.compiler.spec import LayerPlan, QScheme, Quantizer, TargetSpec
+
+PACKED_BITS = 4  # weights of this many bits and fewer are stored two to a byte
+
+
+class QdqWriter:
+    """Replaces every marker of one model; `run` fills the maps.
+
+    `taps` maps quantizers to the value with their codes, `layers` module paths to the value they
+    compute, `saturating` the id of each Q node to the real interval its grid covers.
+    """
+
+    def __init__(self, model: ir.Model, state: QuantState, target: TargetSpec) -> None:
+        self.graph = model.graph
+        self.state = state
+        self.target = target
+        self.taps: dict[str, str] = {}
+        self.layers: dict[str, str] = {}
+        self.saturating: dict[int, tuple[float, float]] = {}
+        self.constants: dict[tuple[str, str, bytes], ir.Value] = {}
+
+    def run(self) -> None:
+        """Replace all markers; raise RuntimeError if a planned one is missing."""
+        for node in list(self.graph):
+            if node.domain != "dfqc":
+                continue
+            kind, _, name = node.attributes["name"].as_string().partition(":")
+            if kind == "a":
+                self._activation(node, self.state.plan.quantizers[name])
+            else:
+                self._weight(node, self.state.plan.layers[name])
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        planned = set(self.state.plan.quantizers)
+        weights = {p.name for p in self.state.plan.layers.values() if p.weight is not None}
+        missing = (planned - self.taps.keys()) | (weights - self.layers.keys())
+        if missing:
+            raise RuntimeError(f"planned but not found in the exported model: {sorted(missing)}")
+
+    def _activation(self, tap: ir.Node, quantizer: Quantizer) -> None:
+        """Write Q, the clip that keeps a grid below 8 bits, and DQ in place of a marker."""
+        qparams, scheme = self.state.acts[quantizer.name], quantizer.scheme
+        scale = self._constant(np.float32(qparams.scale))
+        zero_point = self._constant(self._code_type()(qparams.zero_point))
+        low, high = _interval(qparams, scheme)
+        source = tap.inputs[0]
+        nodes = []
+        if scheme.bits < 8 and self.target.clip == "float":
+            bounds = [self._constant(np.float32(low)), self._constant(np.float32(high))]
+            nodes.append(ir.node("Clip", [source, *bounds]))
+            source = nodes[-1].outputs[0]
+        first = ir.node("QuantizeLinear", [source, scale, zero_point])
+        nodes.append(first)
+        if scheme.bits < 8 and self.target.clip == "integer":
+            code = self._code_type()
+            limits = [
+                self._constant(code(scheme.quant_min)),
+                self._constant(code(scheme.quant_max)),
+            ]
+            nodes.append(ir.node("Clip", [first.outputs[0], *limits]))
+        codes = nodes[-1].outputs[0]
+        codes.name = self.taps[quantizer.name] = quantizer.name
+        nodes.append(ir.node("DequantizeLinear", [codes, scale, zero_point]))
+        self.saturating[id(nodes[0])] = (low, high)
+        self._swap(tap, nodes)
+
+    def _weight(self, tap: ir.Node, layer: LayerPlan) -> None:
+        """Write the integer weight and its DQ in place of a marker, and the snapped bias."""
+        assert layer.weight is not None
+        stored = self.state.weights[layer.name]
+        codes, axis = stored.codes.cpu().numpy(), 0
+        users = [use.node for use in tap.outputs[0].uses()]
+        if len(users) == 1 and users[0].op_type == "Transpose":
+            # Linear over more than two dimensions: MatMul wants (in, out).
+            transpose, codes, axis = users[0], np.ascontiguousarray(codes.T), 1
+            _replace_uses(transpose.outputs[0], tap.outputs[0])
+            self.graph.remove(transpose, safe=True)
+            users = [use.node for use in tap.outputs[0].uses()]
+        (user,) = users
+        name = f"{layer.name}.weight"
+        nodes: list[ir.Node] = []
+        source = self._initializer(name, _pack(codes, layer.weight.bits, self.target))
+        if source.dtype == ir.DataType.INT4:
+            # Cast is folded when the engine loads; a DQ of INT4 would keep the layer in float.
+            nodes.append(ir.node("Cast", [source], {"to": ir.DataType.INT8}))
+            source = nodes[-1].outputs[0]
+        inputs = [source, self._initializer(_scale_name(name), stored.scale.cpu().numpy())]
+        if user.op_type != "Conv":  # integer matrix products need the zero point spelled out
+            inputs.append(self._constant(np.zeros(len(stored.scale), np.int8)))
+        nodes.append(ir.node("DequantizeLinear", inputs, {"axis": axis}))
+        self._swap(tap, nodes)
+        self._bias(user, layer)
+        user.name = layer.name
+        if not user.outputs[0].is_graph_output():
+            user.outputs[0].name = layer.name
+        self.layers[layer.name] = user.outputs[0].name or ""
+
+    def _bias(self, user: ir.Node, layer: LayerPlan) -> None:
+        """Store the bias on the int32 grid of input scale times weight scale."""
+        bias = self.state.biases.get(layer.name)
+        if bias is None:
+            return
+        slot = self._bias_slot(user)
+        if slot is None:
+            raise RuntimeError(f"{layer.name}: its bias was not found in the exported model")
+        node, index = slot
+        name = f"{layer.name}.bias"
+        if layer.input is None:
+            node.replace_input_with(index, self._initializer(name, bias.cpu().float().numpy()))
+            return
+        scale = self.state.acts[layer.input].scale
+        weight_scale = self.state.weights[layer.name].scale.cpu()
+        codes = affine.bias_codes(bias.cpu(), scale, weight_scale)
+        step = affine.bias_scale(scale, weight_scale)
+        if self.target.bias == "float32" or node is not user:
+            value = self._initializer(name, (codes.float() * step).numpy())
+        else:
+            stored = self._initializer(name, codes.numpy())
+            inputs = [stored, self._initializer(_scale_name(name), step.numpy())]
+            dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0})
+            self.graph.insert_before(node, [dequantize])
+            value = dequantize.outputs[0]
+        node.replace_input_with(index, value)
+
+    def _bias_slot(self, user: ir.Node) -> tuple[ir.Node, int] | None:
+        """Return where the bias enters: third input, or the Add behind a MatMul."""
+        if len(user.inputs) > 2 and user.inputs[2] is not None:
+            return user, 2
+        if user.op_type == "MatMul":
+            for use in user.outputs[0].uses():
+                other = use.node.inputs[1 - use.idx] if use.node.op_type == "Add" else None
+                if other is not None and other.is_initializer():
+                    return use.node, 1 - use.idx
+        return None
+
+    def _swap(self, tap: ir.Node, nodes: Iterable[ir.Node]) -> None:
+        chain = list(nodes)
+        self.graph.insert_before(tap, chain)
+        _replace_uses(tap.outputs[0], chain[-1].outputs[0])
+        self.graph.remove(tap, safe=True)
+
+    def _code_type(self) -> type[np.int8] | type[np.uint8]:
+        return np.int8 if self.target.act_signed else np.uint8
+
+    def _constant(self, value: np.generic | np.ndarray) -> ir.Value:
+        """Return a shared initializer: equal constants are stored once."""
+        array = np.asarray(value)
+        key = (str(array.dtype), str(array.shape), array.tobytes())
+        if key not in self.constants:
+            self.constants[key] = self._initializer(f"c{len(self.constants)}", array)
+        return self.constants[key]
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+
+def _scale_name(name: str) -> str:
+    """Return `<path>.ws` or `<path>.bs`: long names weigh in a file of a few kilobytes."""
+    path, _, kind = name.rpartition(".")
+    return f"{path}.{kind[0]}s"
+
+
+def _interval(qparams: QParams, scheme: QScheme) -> tuple[float, float]:
+    """Return the real values at the two ends of a grid."""
+    low = (scheme.quant_min - qparams.zero_point) * qparams.scale
+    return low, (scheme.quant_max - qparams.zero_point) * qparams.scale
+
+
+def _pack(codes: np.ndarray, bits: int, target: TargetSpec) -> np.ndarray:
+    if bits <= PACKED_BITS and target.packed_int4:
+        packed: np.ndarray = codes.astype(ml_dtypes.int4)
+        return packed
+    return codes
+
+
+def _replace_uses(old: ir.Value, new: ir.Value) -> None:
+    ir.convenience.replace_all_uses_with(old, new)

@@ -1,0 +1,1 @@
+"""Synthesizers: each file takes a trained model and returns a calibration set."""

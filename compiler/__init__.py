@@ -1,0 +1,1 @@
+"""The compiler: from a model file without training data to a verified deployment package."""

@@ -1,0 +1,108 @@
+"""The only place where rounding and clamping are written: real tensors in, integer codes out.
+
+`real = (code - zero_point) * scale`, rounding half to even, as ONNX QuantizeLinear does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dfqc.compiler.contracts import QParams, QTensor
+from dfqc.compiler.spec import QScheme
+
+INT32_MAX = 2**31 - 1
+# Biases may use this much of int32: the accumulator needs the rest.
+BIAS_LIMIT = 2**30
+SMALLEST_SCALE = 1e-30
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: QScheme) -> Tensor:
+    """Return integer codes as a float tensor of the shape of `x`; `scale` must broadcast."""
+    return (x / scale).round_().add_(zero_point).clamp_(scheme.quant_min, scheme.quant_max)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: int | Tensor) -> Tensor:
+    """Return `(codes - zero_point) * scale`."""
+    return (codes - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: QScheme) -> Tensor:
+    """Round `x` to the grid and come back to real values (no gradient)."""
+    return quantize(x, scale, zero_point, scheme).sub_(zero_point).mul_(scale)
+
+
+def channel_view(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """Shape per-channel `values` (channels,) so that they broadcast along `axis` of `ndim` dims."""
+    if axis is None:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.view(shape)
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, scheme: QScheme) -> QTensor:
+    """Round a weight to int8 codes; `scale` is (channels,) for a per-channel scheme."""
+    view = channel_view(scale, weight.dim(), scheme.axis)
+    return QTensor(quantize(weight, view, 0, scheme).to(torch.int8), scale)
+
+
+def dequantize_weight(weight: QTensor, axis: int | None) -> Tensor:
+    """Return the float32 weight that the codes stand for."""
+    return weight.codes.float() * channel_view(weight.scale, weight.codes.dim(), axis)
+
+
+def affine_qparams(low: float, high: float, scheme: QScheme) -> QParams:
+    """Return the grid that covers [low, high] and holds zero exactly.
+
+    An asymmetric grid moves its zero point; a symmetric one has zero point 0. An empty range
+    gives scale 1: every value there is zero.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"activation range is not finite: [{low}, {high}]")
+    if scheme.symmetric:
+        bounds = [high / scheme.quant_max]
+        if scheme.quant_min < 0:
+            bounds.append(low / scheme.quant_min)
+        scale = _float32(max(bounds))
+        return QParams(scale if scale > SMALLEST_SCALE else 1.0, 0)
+    scale = _float32((high - low) / (scheme.quant_max - scheme.quant_min))
+    if scale <= SMALLEST_SCALE:
+        return QParams(1.0, scheme.quant_min)
+    zero_point = round(scheme.quant_min - low / scale)
+    return QParams(scale, min(max(zero_point, scheme.quant_min), scheme.quant_max))
+
+
+def _float32(value: float) -> float:
+    """Round to float32, the type the engine stores: simulation and file hold the same number."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def bias_codes(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor:
+    """Snap a float bias (channels,) to the int32 grid `input_scale * weight_scale`.
+
+    ONNX Runtime rounds biases to this grid itself; doing it here first makes simulation and
+    engine equal.
+    """
+    step = bias_scale(input_scale, weight_scale)
+    codes = (bias.double() / step.double()).round_()
+    if codes.abs().max() > INT32_MAX:
+        raise ValueError("bias does not fit the int32 grid: raise the weight scale of the channel")
+    return codes.to(torch.int32)
+
+
+def bias_scale(input_scale: float, weight_scale: Tensor) -> Tensor:
+    """Return the float32 step of the bias grid, one per output channel."""
+    return torch.tensor(input_scale, dtype=torch.float32) * weight_scale
+
+
+def sqnr_db(reference: Tensor, value: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB; infinite where the tensors are equal."""
+    noise = (reference.double() - value.double()).pow(2).sum().item()
+    signal = reference.double().pow(2).sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(max(signal, 1e-300) / noise)

@@ -1,0 +1,218 @@
+"""Value types and protocols that cross the packages; importing this file imports no torch.
+
+In: nothing. Out: the shapes every synthesizer, quantizer, backend and runner must have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from dfqc.compiler.graph import Graph
+    from dfqc.compiler.spec import Plan, TargetSpec
+
+# progress(done, total, note): called by long work; the driver turns it into a bar with an ETA.
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, note: str) -> None:
+    """Report nothing: the default `Progress`."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Preprocessing of the model: RGB/255, shorter side to `resize`, center crop, (x-mean)/std.
+
+    `size` is (channels, height, width). `assumed` is True when nobody gave mean and std and
+    ImageNet's were taken: the report says so.
+    """
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: int | None = None
+    assumed: bool = False
+
+    def pixel_range(self) -> tuple[float, float]:
+        """Smallest and largest value a valid image can take in normalized space."""
+        low = min((0.0 - m) / s for m, s in zip(self.mean, self.std, strict=True))
+        high = max((1.0 - m) / s for m, s in zip(self.mean, self.std, strict=True))
+        return low, high
+
+
+@dataclass(frozen=True)
+class CalibSet:
+    """Calibration images in normalized space, (n, c, h, w) float32, with labels (n,) or None."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    source: str  # name of the synthesizer, or of the data set
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Integer codes of a weight (int8) with `scale` (channels,) float32; zero point is 0."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Per-tensor grid of an activation: real = (code - zero_point) * scale."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What a quantizer decided, as data: everything the simulation and the QDQ writer need.
+
+    `weights` and `biases` are keyed by module path (biases are float, before they are snapped to
+    the int32 grid), `acts` by quantizer name.
+    """
+
+    plan: Plan
+    weights: Mapping[str, QTensor]
+    biases: Mapping[str, torch.Tensor]
+    acts: Mapping[str, QParams]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A serialized ONNX model and the name map from our names to its values.
+
+    `taps` gives, per quantizer, the ONNX value that holds its integer codes; `layers`, per module
+    path, the ONNX value that the layer computes.
+    """
+
+    model: bytes
+    taps: Mapping[str, str]
+    layers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call of one engine, with everything needed to read the figure."""
+
+    median_ms: float
+    p90_ms: float
+    mean_ms: float
+    batch: int
+    threads: int
+    runs: int
+    warmup: int
+
+
+class Runner(Protocol):
+    """An opened engine: feed normalized float32 (n, c, h, w), get the first output back."""
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Run one batch."""
+        ...
+
+    def codes(self, images: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Run one batch and return the named inner values too (for parity), and `output`."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine."""
+        ...
+
+
+class Synthesizer(Protocol):
+    """A module `dfqc.calib.<name>`: `Options` (frozen pydantic), `NEEDS_BN`, `synthesize`.
+
+    `synthesize` makes ONE batch of `count` images; the driver splits a request into batches of
+    `Options.batch_size`, gives each its own seeded `rng` and stores each as it is finished.
+    """
+
+    Options: type[Any]
+    NEEDS_BN: bool
+
+    def synthesize(
+        self,
+        graph: Graph,
+        count: int,
+        options: Any,
+        *,
+        rng: torch.Generator,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> CalibSet:
+        """Return `count` images; the graph is unfolded (batch norms present)."""
+        ...
+
+
+class QuantizerPlugin(Protocol):
+    """A module `dfqc.compiler.quantize.<name>`: `Options` and `quantize`; the graph is folded."""
+
+    Options: type[Any]
+
+    def quantize(
+        self,
+        graph: Graph,
+        calib: CalibSet,
+        plan: Plan,
+        options: Any,
+        *,
+        rng: torch.Generator,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> QuantState:
+        """Choose weights' codes and activations' grids."""
+        ...
+
+
+class Backend(Protocol):
+    """A module `dfqc.backends.<name>` that lowers for one target and runs what it lowered."""
+
+    TARGET: TargetSpec
+
+    def available(self) -> tuple[bool, str]:
+        """Return (True, version) if the runtime can be used here, else (False, the reason)."""
+        ...
+
+    def lower(self, graph: Graph, state: QuantState, *, metadata: Mapping[str, str]) -> Lowered:
+        """Return the QDQ model of a folded graph, written the way this target runs fastest."""
+        ...
+
+    def lower_float(self, graph: Graph) -> bytes:
+        """Return the unquantized model: the control that every benchmark runs beside."""
+        ...
+
+    def open_runner(self, model: Path, *, threads: int | None = None) -> Runner:
+        """Open `model.onnx` (or an engine file) for inference."""
+        ...
+
+    def executed(self, model: Path, layers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return, per layer (module path), the kernel the optimized engine really runs.
+
+        `layers` is `Lowered.layers`.
+        """
+        ...
+
+
+class Dataset(Protocol):
+    """Labelled images, preprocessed: what `dfqc eval` reads."""
+
+    labels: np.ndarray
+    image: ImageSpec
+    source: str
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield normalized float32 (n, c, h, w) and int64 labels (n,)."""
+        ...

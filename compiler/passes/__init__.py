@@ -1,0 +1,1 @@
+"""Graph passes: each file takes a graph and its options and returns a new graph."""

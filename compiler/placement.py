@@ -1,0 +1,300 @@
+"""Where quantizers sit: folded graph and layer plans in, quantizers and layer inputs out.
+
+Two placements. `integer`: every op that has an integer kernel gets Q/DQ on its inputs and its
+output (convolutions, residual adds, concats), so that the engine fuses them. `inputs`: layer
+inputs, and the skip branch of a residual add, as TensorRT fuses best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.spec import LayerPlan, Quantizer, TargetSpec
+
+STREAM_BITS = 8  # residual streams, concats and unfused activations: 4 bits there cost points
+
+_aten = torch.ops.aten
+RELU = _aten.relu.default
+CLIP = _aten.hardtanh.default
+ADD = _aten.add.Tensor
+CAT = _aten.cat.default
+PAD = _aten.pad.default
+
+# Ops whose output values are values of their input (or zero): a grid survives them.
+GRID_PRESERVING = frozenset(
+    {
+        _aten.max_pool2d.default,
+        _aten.flatten.using_ints,
+        _aten.reshape.default,
+        _aten.view.default,
+        _aten.permute.default,
+        _aten.transpose.int,
+        _aten.squeeze.dim,
+        _aten.unsqueeze.default,
+        _aten.slice.Tensor,
+        _aten.contiguous.default,
+        _aten.clone.default,
+        _aten.pad.default,
+        _aten.constant_pad_nd.default,
+        _aten.pixel_shuffle.default,
+        _aten.channel_shuffle.default,
+    }
+)
+NONNEGATIVE = frozenset({RELU, _aten.sigmoid.default, _aten.hardsigmoid.default, _aten.softmax.int})
+
+
+@dataclass
+class _Request:
+    """Who wants a tensor quantized: bits -> consumer node names, in graph order."""
+
+    by_bits: dict[int, list[str]] = field(default_factory=dict)
+
+    def add(self, bits: int, consumer: str) -> None:
+        names = self.by_bits.setdefault(bits, [])
+        if consumer not in names:
+            names.append(consumer)
+
+
+def place(
+    graph: Graph, target: TargetSpec, layers: Mapping[str, LayerPlan]
+) -> tuple[dict[str, Quantizer], dict[str, str]]:
+    """Return the quantizers by name, and the input quantizer of each layer node."""
+    return _Placer(graph, target, layers).run()
+
+
+def is_fused_activation(node: fx.Node) -> bool:
+    """Report whether `node` is a ReLU or ReLU6, which a quantizer's saturation can replace."""
+    if node.op != "call_function":
+        return False
+    if node.target is RELU:
+        return True
+    return node.target is CLIP and tuple(node.args[1:]) in {(0.0, 6.0), (0, 6), (0, 6.0)}
+
+
+def is_spatial_zero_pad(node: fx.Node) -> bool:
+    """Report whether `node` pads height and width with zeros (what a convolution can absorb)."""
+    if node.op != "call_function" or node.target not in (PAD, _aten.constant_pad_nd.default):
+        return False
+    pads = node.args[1]
+    if not isinstance(pads, (list, tuple)) or len(pads) > 4:
+        return False
+    if not all(isinstance(p, int) and p >= 0 for p in pads):
+        return False
+    if node.target is PAD:
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+        return mode == "constant" and not value
+    value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
+    return not value
+
+
+def is_nonnegative(node: fx.Node) -> bool:
+    """Report whether the values of `node` are structurally >= 0."""
+    if is_fused_activation(node):
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target in NONNEGATIVE:
+        return True
+    if node.target in GRID_PRESERVING or node.target in (
+        _aten.mean.dim,
+        _aten.avg_pool2d.default,
+        _aten.adaptive_avg_pool2d.default,
+    ):
+        return isinstance(node.args[0], fx.Node) and is_nonnegative(node.args[0])
+    if node.target is CAT:
+        parts = node.args[0]
+        return all(isinstance(p, fx.Node) and is_nonnegative(p) for p in parts)  # type: ignore[union-attr]
+    return False
+
+
+def output_end(node: fx.Node) -> fx.Node:
+    """Return the node whose output ends the integer kernel: a ReLU behind `node`, or itself."""
+    users = list(node.users)
+    if len(users) == 1 and is_fused_activation(users[0]):
+        return users[0]
+    return node
+
+
+class _Placer:
+    def __init__(self, graph: Graph, target: TargetSpec, layers: Mapping[str, LayerPlan]) -> None:
+        self.nodes = list(graph.module.graph.nodes)
+        self.target = target
+        self.layers = {p.node: p for p in layers.values()}
+        self.requests: dict[fx.Node, _Request] = {}
+        self.covered: dict[fx.Node, None] = {}  # every edge leaving these must be quantized
+        self.quantizers: dict[str, Quantizer] = {}
+        self.inputs: dict[str, str] = {}
+
+    def run(self) -> tuple[dict[str, Quantizer], dict[str, str]]:
+        quantized = [n for n in self.nodes if self._act_bits(n) is not None]
+        for node in quantized:
+            source, consumer = self._layer_source(node)
+            self._request(source, self._act_bits(node) or 0, consumer)
+        if self.target.placement == "integer":
+            for node in quantized:
+                if self.layers[node.name].op != "Linear":  # QGemm writes float itself
+                    self.covered[output_end(node)] = None
+            for node in self.nodes:
+                self._cover_join(node)
+        else:
+            for node in self.nodes:
+                self._quantize_skip(node)
+        for node in self.nodes:
+            if node in self.covered:
+                self._emit_covered(node)
+            elif node in self.requests:
+                self._emit_parallel(node)
+        for node in quantized:
+            self.inputs[node.name] = self._find_input(node)
+        return self._in_order(), self.inputs
+
+    def _act_bits(self, node: fx.Node) -> int | None:
+        plan = self.layers.get(node.name)
+        if plan is None or plan.exported.is_float or plan.exported.weight_only:
+            return None
+        return plan.exported.act
+
+    def _layer_source(self, node: fx.Node) -> tuple[fx.Node, str]:
+        """Return the tensor a layer reads and who reads it: a pad in front belongs to the conv."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if is_spatial_zero_pad(source) and self._absorbed(source):
+            inner = source.args[0]
+            assert isinstance(inner, fx.Node)
+            return inner, source.name
+        return source, node.name
+
+    def _absorbed(self, pad: fx.Node) -> bool:
+        """Report whether all readers of a pad are quantized convolutions with the same bits."""
+        bits = {self._act_bits(user) for user in pad.users}
+        ops = {self.layers[u.name].op for u in pad.users if u.name in self.layers}
+        return len(bits) == 1 and None not in bits and ops == {"Conv2d"}
+
+    def _request(self, source: fx.Node, bits: int, consumer: str) -> None:
+        self.requests.setdefault(source, _Request()).add(bits, consumer)
+
+    def _cover_join(self, node: fx.Node) -> None:
+        """Give adds and concats of quantized tensors integer inputs and outputs."""
+        parts = _join_inputs(node)
+        if not parts or not all(self._on_grid(p) for p in parts):
+            return
+        self.covered[output_end(node)] = None
+        for part in parts:
+            self._request(part, STREAM_BITS, node.name)
+
+    def _on_grid(self, node: fx.Node) -> bool:
+        """Report whether `node` carries values of a covered tensor."""
+        while node not in self.covered:
+            if node.op != "call_function" or node.target not in GRID_PRESERVING:
+                return False
+            before = node.args[0]
+            if not isinstance(before, fx.Node):
+                return False
+            node = before
+        return True
+
+    def _quantize_skip(self, node: fx.Node) -> None:
+        """Quantize the branch of an add that no convolution writes (the skip), for `inputs`."""
+        if node.op != "call_function" or node.target is not ADD:
+            return
+        parts = _join_inputs(node)
+        bare = [p for p in parts if self._act_bits(p) is not None]
+        if len(parts) == 2 and bare:
+            for part in parts:
+                if part is not bare[0]:
+                    self._request(part, STREAM_BITS, node.name)
+
+    def _wanted(self, node: fx.Node) -> set[int]:
+        """Return the bit widths that the readers of `node` ask for; float readers ask for 8."""
+        request = self.requests.get(node)
+        wanted = set(request.by_bits) if request else set()
+        asked = {name for names in request.by_bits.values() for name in names} if request else set()
+        for user in node.users:
+            if user.name in asked:
+                continue
+            if user.op == "call_function" and user.target in GRID_PRESERVING and user.users:
+                wanted |= self._wanted(user)
+            else:
+                wanted.add(STREAM_BITS)
+        return wanted
+
+    def _emit_covered(self, node: fx.Node) -> None:
+        """Emit one quantizer over every edge of `node`; narrower ones read its output."""
+        users = tuple(u.name for u in node.users)
+        wanted = self._wanted(node)
+        if len(wanted) == 1:
+            base = self._emit(node, wanted.pop(), users)
+        else:
+            base = self._emit(node, STREAM_BITS, users)
+            request = self.requests.get(node, _Request())
+            for bits, consumers in sorted(request.by_bits.items(), reverse=True):
+                if bits != STREAM_BITS:
+                    self._emit(node, bits, tuple(consumers), after=base)
+        self._tie(node, self.quantizers[base])
+
+    def _tie(self, node: fx.Node, base: Quantizer) -> None:
+        """Repeat the grid of `base` behind ops that stay on it, where a reader wants integers."""
+        for user in node.users:
+            if user.op != "call_function" or user.target not in GRID_PRESERVING:
+                continue
+            request = self.requests.get(user)
+            if request is not None and base.scheme.bits in request.by_bits:
+                consumers = tuple(request.by_bits.pop(base.scheme.bits))
+                self._emit(user, base.scheme.bits, consumers, tied=base.name)
+            self._tie(user, base)
+
+    def _emit_parallel(self, node: fx.Node) -> None:
+        for bits, consumers in sorted(self.requests[node].by_bits.items(), reverse=True):
+            self._emit(node, bits, tuple(consumers))
+
+    def _emit(
+        self,
+        node: fx.Node,
+        bits: int,
+        consumers: tuple[str, ...],
+        *,
+        after: str | None = None,
+        tied: str | None = None,
+    ) -> str:
+        name = f"{node.name}.a{bits}"
+        scheme = self.target.act_scheme(bits, nonnegative=is_nonnegative(node))
+        self.quantizers[name] = Quantizer(name, node.name, scheme, consumers, after, tied)
+        return name
+
+    def _find_input(self, node: fx.Node) -> str:
+        """Return the quantizer that feeds a layer: the narrowest one that lists it."""
+        source, consumer = self._layer_source(node)
+        hits = [q for q in self.quantizers.values() if q.source == source.name]
+        hits = [q for q in hits if consumer in q.consumers]
+        return min(hits, key=lambda q: q.scheme.bits).name
+
+    def _in_order(self) -> dict[str, Quantizer]:
+        """Sort quantizers by the graph order of their source, wider first."""
+        rank = {n.name: i for i, n in enumerate(self.nodes)}
+        ordered = sorted(
+            self.quantizers.values(), key=lambda q: (rank[q.source], q.after is not None)
+        )
+        return {q.name: q for q in ordered}
+
+
+def _join_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that an add or a concat joins, or nothing."""
+    if node.op != "call_function":
+        return []
+    if node.target is ADD and len(node.args) == 2 and "alpha" not in node.kwargs:
+        return [a for a in node.args if isinstance(a, fx.Node)] if _two_nodes(node) else []
+    if node.target is CAT:
+        parts = node.args[0]
+        assert isinstance(parts, (list, tuple))
+        return [p for p in parts if isinstance(p, fx.Node)]
+    return []
+
+
+def _two_nodes(node: fx.Node) -> bool:
+    return all(isinstance(a, fx.Node) for a in node.args)

@@ -1,0 +1,99 @@
+"""Decide, before any work, what each layer and each tensor gets: folded graph in, `Plan` out.
+
+Layers get bits (default, ends, rules). Tensors get quantizers where the target's placement wants
+them: one quantizer per tensor and bit width, never one per consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from dfqc.compiler.graph import Graph, layer_nodes
+from dfqc.compiler.placement import place
+from dfqc.compiler.spec import (
+    Bits,
+    LayerPlan,
+    Plan,
+    QScheme,
+    Rule,
+    TargetSpec,
+    check_bits,
+    resolve_bits,
+)
+
+FLOAT = Bits(32, 32)
+
+
+def make_plan(
+    graph: Graph, target: TargetSpec, bits: Bits, rules: Sequence[Rule], *, ends: Bits | None
+) -> Plan:
+    """Return the plan of a folded graph.
+
+    Args:
+        graph: the folded graph.
+        target: what the engine accepts.
+        bits: default bits of every layer.
+        rules: per-layer overrides, last match wins.
+        ends: bits of the first and the last layer, or None for the same bits everywhere.
+
+    Raises:
+        UnsupportedError: bits that the target cannot hold.
+        UsageError: a rule that matches no layer.
+    """
+    nodes = layer_nodes(graph)
+    calls: dict[str, list[fx.Node]] = {}
+    for name, node in nodes:
+        calls.setdefault(name, []).append(node)
+    asked = resolve_bits(calls, bits, rules, ends=ends)
+    for name, layer_bits in asked.items():
+        check_bits(layer_bits, target, where=name)
+    layers = {name: _plan_layer(graph, target, name, asked[name], calls[name]) for name in calls}
+    quantizers, inputs = place(graph, target, layers)
+    return Plan(
+        target.name,
+        bits,
+        {name: _with_input(layer, inputs.get(layer.node)) for name, layer in layers.items()},
+        quantizers,
+    )
+
+
+def _plan_layer(
+    graph: Graph, target: TargetSpec, name: str, asked: Bits, calls: list[fx.Node]
+) -> LayerPlan:
+    op = type(graph.module.get_submodule(name)).__name__
+    exported, reason = _export_bits(target, op, asked, len(calls))
+    scheme = None
+    if not exported.is_float:
+        scheme = QScheme(exported.weight, signed=True, symmetric=True, axis=0)
+    return LayerPlan(name, calls[0].name, op, asked, exported, scheme, None, reason)
+
+
+def _export_bits(target: TargetSpec, op: str, asked: Bits, calls: int) -> tuple[Bits, str]:
+    """Return what the file will hold, and why it is not what was asked (or how it runs)."""
+    if asked.is_float:
+        return FLOAT, "left in float32 as asked"
+    if op not in target.integer_ops:
+        return FLOAT, f"target '{target.name}' has no integer kernel for {op}: left in float32"
+    if calls > 1:
+        return FLOAT, f"the module is called {calls} times with different inputs: left in float32"
+    if asked.weight_only:
+        note = "" if asked.act == FLOAT.act else "; this engine computes in float32"
+        return Bits(asked.weight, 32), f"weight-only: weights dequantized at load{note}"
+    if asked.weight < 8 or asked.act < 8:
+        return asked, target.kernel_note
+    return asked, ""
+
+
+def _with_input(layer: LayerPlan, quantizer: str | None) -> LayerPlan:
+    return LayerPlan(
+        layer.name,
+        layer.node,
+        layer.op,
+        layer.asked,
+        layer.exported,
+        layer.weight,
+        quantizer,
+        layer.reason,
+    )

@@ -1,0 +1,134 @@
+"""Round to nearest with calibrated ranges: the baseline that every heavier method must beat.
+
+In: a folded graph, calibration images and a plan. Out: a `QuantState`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from dfqc.compiler import affine
+from dfqc.compiler.contracts import CalibSet, Progress, QParams, QTensor, QuantState, silent
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.quantize._ranges import activation_qparams, collect_histograms, weight_scale
+from dfqc.compiler.spec import LayerPlan, Plan, Quantizer
+
+
+class Options(BaseModel):
+    """Options of the round-to-nearest quantizer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: Literal["mse", "minmax"] = "mse"
+    acts: Literal["mse", "minmax", "percentile"] = "mse"
+    percentile: float = Field(99.99, gt=50, le=100)
+    batch_size: int = Field(64, ge=1)
+
+
+PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+
+
+def quantize(
+    graph: Graph,
+    calib: CalibSet,
+    plan: Plan,
+    options: Options,
+    *,
+    rng: torch.Generator,
+    device: torch.device,
+    progress: Progress = silent,
+) -> QuantState:
+    """Choose activation grids from the images, then round every weight to its grid.
+
+    Args:
+        graph: folded graph.
+        calib: images (n, c, h, w) in normalized space.
+        plan: what each layer and tensor gets.
+        options: range estimators.
+        rng: unused, rounding to nearest is deterministic.
+        device: where the images are run through the graph.
+        progress: called per batch.
+    """
+    del rng
+    graph.module.to(device)
+    acts = activation_grids(graph, calib, plan, options, device=device, progress=progress)
+    weights, biases = {}, {}
+    for layer in plan.layers.values():
+        if layer.weight is None:
+            continue
+        module = graph.module.get_submodule(layer.name)
+        bias = _bias(module)
+        weights[layer.name] = round_weight(module, layer, acts, options.weights)
+        if bias is not None:
+            biases[layer.name] = bias
+    return QuantState(plan, weights, biases, acts, {"quantizer": "rtn"})
+
+
+def activation_grids(
+    graph: Graph,
+    calib: CalibSet,
+    plan: Plan,
+    options: Options,
+    *,
+    device: torch.device,
+    progress: Progress = silent,
+) -> dict[str, QParams]:
+    """Return the grid of every quantizer; tied quantizers repeat the one they are tied to."""
+    inputs = {n.name for n in graph.module.graph.nodes if n.op == "placeholder"}
+    own = [q for q in plan.quantizers.values() if q.tied is None]
+    observed = sorted({q.source for q in own} - inputs)
+    hists = collect_histograms(
+        graph, observed, calib.images, batch=options.batch_size, device=device, progress=progress
+    )
+    acts: dict[str, QParams] = {}
+    for quantizer in plan.quantizers.values():
+        if quantizer.tied is not None:
+            acts[quantizer.name] = acts[quantizer.tied]
+        elif quantizer.source in inputs:
+            acts[quantizer.name] = _image_grid(graph, quantizer)
+        else:
+            acts[quantizer.name] = activation_qparams(
+                hists[quantizer.source],
+                quantizer.scheme,
+                options.acts,
+                percentile=options.percentile,
+            )
+    return acts
+
+
+def round_weight(
+    module: nn.Module, layer: LayerPlan, acts: dict[str, QParams], method: str
+) -> QTensor:
+    """Return the codes of one layer's weight with scales that leave room for its bias."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    assert layer.weight is not None
+    weight = weight.detach().cpu()
+    scale = weight_scale(weight, layer.weight, method)
+    bias = _bias(module)
+    if layer.input is not None and bias is not None:
+        scale = torch.maximum(scale, smallest_weight_scale(bias, acts[layer.input].scale))
+    return affine.quantize_weight(weight, scale, layer.weight)
+
+
+def smallest_weight_scale(bias: Tensor, input_scale: float) -> Tensor:
+    """Return the least scale per channel at which the bias still fits the int32 grid.
+
+    Batch norm leaves channels with weights near zero and an ordinary bias (common in depthwise
+    layers); their bias would overflow int32, silently, in the engine.
+    """
+    return bias.abs() / (input_scale * affine.BIAS_LIMIT)
+
+
+def _image_grid(graph: Graph, quantizer: Quantizer) -> QParams:
+    """Return the grid of the network input: every valid pixel, whatever the images held."""
+    return affine.affine_qparams(*graph.image.pixel_range(), quantizer.scheme)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    return bias.detach().cpu().float() if isinstance(bias, Tensor) else None
