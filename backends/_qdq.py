@@ -98,7 +98,8 @@ def lower(
     absorb_pads(model)
     drop_subsumed_activations(model, writer.saturating)
     pool_on_integers(model)
-    return Lowered(_serialize(model, target, metadata), writer.taps, writer.layers)
+    taps, layers = writer.name_values()
+    return Lowered(_serialize(model, target, metadata), taps, layers)
 
 
 def lower_float(graph: Graph, target: TargetSpec) -> bytes:

@@ -13,6 +13,7 @@ from dfqc.compiler.contracts import QParams, QuantState
 from dfqc.compiler.spec import LayerPlan, QScheme, Quantizer, TargetSpec
 
 PACKED_BITS = 4  # weights of this many bits and fewer are stored two to a byte
+HELPER = "%"  # begins the names that are not the user's, so that the two never meet
 
 
 class QdqWriter:
@@ -26,8 +27,8 @@ class QdqWriter:
         self.graph = model.graph
         self.state = state
         self.target = target
-        self.taps: dict[str, str] = {}
-        self.layers: dict[str, str] = {}
+        self.taps: dict[str, ir.Value] = {}
+        self.layers: dict[str, ir.Value] = {}
         self.saturating: dict[int, tuple[float, float]] = {}
         self.constants: dict[tuple[str, str, bytes], ir.Value] = {}
 
@@ -42,6 +43,22 @@ class QdqWriter:
             else:
                 self._weight(node, self.state.plan.layers[name])
         self._check_complete()
+
+    def name_values(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Name every value once the graph is final; return the maps with names for values.
+
+        Codes bear the name of their quantizer and layers their module path, whatever the exporter
+        had called by that name; the rest are numbered. Inputs and outputs keep their names.
+        """
+        values = [value for node in self.graph for value in node.outputs]
+        for count, value in enumerate(v for v in values if v.name and not v.is_graph_output()):
+            value.name = f"{HELPER}{count}"
+        fixed = {value.name for value in (*self.graph.inputs, *self.graph.outputs)}
+        for name, value in (*self.taps.items(), *self.layers.items()):
+            if not value.is_graph_output():
+                value.name = f"{HELPER}{name}" if name in fixed else name
+        taps = {name: value.name or "" for name, value in self.taps.items()}
+        return taps, {name: value.name or "" for name, value in self.layers.items()}
 
     def _check_complete(self) -> None:
         planned = set(self.state.plan.quantizers)
@@ -71,8 +88,7 @@ class QdqWriter:
                 self._constant(code(scheme.quant_max)),
             ]
             nodes.append(ir.node("Clip", [first.outputs[0], *limits]))
-        codes = nodes[-1].outputs[0]
-        codes.name = self.taps[quantizer.name] = quantizer.name
+        codes = self.taps[quantizer.name] = nodes[-1].outputs[0]
         nodes.append(ir.node("DequantizeLinear", [codes, scale, zero_point]))
         self.saturating[id(nodes[0])] = (low, high)
         self._swap(tap, nodes)
@@ -104,9 +120,7 @@ class QdqWriter:
         self._swap(tap, nodes)
         self._bias(user, layer)
         user.name = layer.name
-        if not user.outputs[0].is_graph_output():
-            user.outputs[0].name = layer.name
-        self.layers[layer.name] = user.outputs[0].name or ""
+        self.layers[layer.name] = user.outputs[0]
 
     def _bias(self, user: ir.Node, layer: LayerPlan) -> None:
         """Store the bias on the int32 grid of input scale times weight scale."""
@@ -160,7 +174,7 @@ class QdqWriter:
         array = np.asarray(value)
         key = (str(array.dtype), str(array.shape), array.tobytes())
         if key not in self.constants:
-            self.constants[key] = self._initializer(f"c{len(self.constants)}", array)
+            self.constants[key] = self._initializer(f"{HELPER}c{len(self.constants)}", array)
         return self.constants[key]
 
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:

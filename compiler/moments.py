@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfqc.compiler.graph import Graph, node_shapes
+from dfqc.compiler.graph import LAYER_TYPES, Graph, Norm, batch_norms, node_shapes
 from dfqc.compiler.placement import ADD, CAT, CLIP, GRID_PRESERVING, RELU
 
 # Natural images: mean and standard deviation of a pixel in [0, 1].
@@ -54,6 +54,46 @@ def expected_inputs(graph: Graph) -> dict[str, Tensor]:
     with torch.inference_mode():
         walker.run(torch.zeros(1, *graph.image.size, dtype=torch.float64))
     return walker.inputs
+
+
+def folded_inputs(graph: Graph, folded: Graph) -> dict[str, Tensor]:
+    """Return `expected_inputs` as the layers of the folded graph see them.
+
+    A layer that took in the batch norm before it reads what that batch norm read: its running
+    mean, not its beta.
+    """
+    expected = expected_inputs(graph)
+    kept = {node.name for node in folded.module.graph.nodes}
+    for norm in batch_norms(graph):
+        if norm.node.name in kept or _went_into_producer(norm, graph, folded):
+            continue
+        assert norm.module.running_mean is not None
+        mean = norm.module.running_mean.detach().cpu().double()
+        for path in (str(user.target) for user in norm.node.users):
+            if path in expected:
+                view = [1, -1] + [1] * (expected[path].dim() - 2)
+                expected[path] = torch.zeros_like(expected[path]) + mean.view(view)
+    return expected
+
+
+def _went_into_producer(norm: Norm, graph: Graph, folded: Graph) -> bool:
+    """Report whether a folded batch norm changed the layer before it."""
+    source = norm.input
+    while source.op == "call_function" and len(source.users) == 1:
+        before = source.args[0]
+        if not isinstance(before, fx.Node):
+            return False
+        source = before
+    if source.op != "call_module" or len(source.users) != 1:
+        return False
+    path = str(source.target)
+    layer = graph.module.get_submodule(path)
+    if not isinstance(layer, LAYER_TYPES):
+        return False
+    after = folded.module.get_submodule(path)
+    assert isinstance(after.weight, Tensor)
+    same = torch.equal(layer.weight, after.weight.to(layer.weight))
+    return not same or (layer.bias is None) != (after.bias is None)
 
 
 def relu_moments(mean: Tensor, var: Tensor) -> Moments:

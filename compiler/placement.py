@@ -7,8 +7,10 @@ inputs, and the skip branch of a residual add, as TensorRT fuses best.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,6 +26,7 @@ CLIP = _aten.hardtanh.default
 ADD = _aten.add.Tensor
 CAT = _aten.cat.default
 PAD = _aten.pad.default
+CONSTANT_PAD = _aten.constant_pad_nd.default
 
 # Ops whose output values are values of their input (or zero): a grid survives them.
 GRID_PRESERVING = frozenset(
@@ -39,8 +42,8 @@ GRID_PRESERVING = frozenset(
         _aten.slice.Tensor,
         _aten.contiguous.default,
         _aten.clone.default,
-        _aten.pad.default,
-        _aten.constant_pad_nd.default,
+        PAD,
+        CONSTANT_PAD,
         _aten.pixel_shuffle.default,
         _aten.channel_shuffle.default,
     }
@@ -78,19 +81,38 @@ def is_fused_activation(node: fx.Node) -> bool:
 
 def is_spatial_zero_pad(node: fx.Node) -> bool:
     """Report whether `node` pads height and width with zeros (what a convolution can absorb)."""
-    if node.op != "call_function" or node.target not in (PAD, _aten.constant_pad_nd.default):
+    if node.op != "call_function" or node.target not in (PAD, CONSTANT_PAD):
         return False
     pads = node.args[1]
     if not isinstance(pads, (list, tuple)) or len(pads) > 4:
         return False
     if not all(isinstance(p, int) and p >= 0 for p in pads):
         return False
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    return (node.target is CONSTANT_PAD or mode == "constant") and not _pad_value(node)
+
+
+def stays_on_grid(node: fx.Node) -> bool:
+    """Report whether the values of `node` are values of its first input, or zero.
+
+    A maximum pool never lets the -inf through that it is padded with; other constants would be
+    cut off at the ends of the grid.
+    """
+    if node.op != "call_function" or node.target not in GRID_PRESERVING:
+        return False
+    value = _pad_value(node)
+    return not value or value == -math.inf
+
+
+def _pad_value(node: fx.Node) -> Any:
+    """Return the constant that a padding fills in; None for any other op."""
     if node.target is PAD:
         mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-        return mode == "constant" and not value
-    value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
-    return not value
+        return value if mode == "constant" else None
+    if node.target is CONSTANT_PAD:
+        return node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
+    return None
 
 
 def is_nonnegative(node: fx.Node) -> bool:
@@ -101,7 +123,7 @@ def is_nonnegative(node: fx.Node) -> bool:
         return False
     if node.target in NONNEGATIVE:
         return True
-    if node.target in GRID_PRESERVING or node.target in (
+    if stays_on_grid(node) or node.target in (
         _aten.mean.dim,
         _aten.avg_pool2d.default,
         _aten.adaptive_avg_pool2d.default,
@@ -191,7 +213,7 @@ class _Placer:
     def _on_grid(self, node: fx.Node) -> bool:
         """Report whether `node` carries values of a covered tensor."""
         while node not in self.covered:
-            if node.op != "call_function" or node.target not in GRID_PRESERVING:
+            if not stays_on_grid(node):
                 return False
             before = node.args[0]
             if not isinstance(before, fx.Node):
@@ -218,7 +240,7 @@ class _Placer:
         for user in node.users:
             if user.name in asked:
                 continue
-            if user.op == "call_function" and user.target in GRID_PRESERVING and user.users:
+            if stays_on_grid(user) and user.users:
                 wanted |= self._wanted(user)
             else:
                 wanted.add(STREAM_BITS)
@@ -241,7 +263,7 @@ class _Placer:
     def _tie(self, node: fx.Node, base: Quantizer) -> None:
         """Repeat the grid of `base` behind ops that stay on it, where a reader wants integers."""
         for user in node.users:
-            if user.op != "call_function" or user.target not in GRID_PRESERVING:
+            if not stays_on_grid(user):
                 continue
             request = self.requests.get(user)
             if request is not None and base.scheme.bits in request.by_bits:

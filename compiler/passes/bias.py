@@ -20,11 +20,14 @@ from torch.nn import functional as F
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import CalibSet, Progress, QTensor, QuantState, silent
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.moments import expected_inputs
+from dfqc.compiler.moments import folded_inputs
 from dfqc.compiler.simulate import simulated, snapped_bias
 from dfqc.compiler.spec import LayerPlan
 
 log = logging.getLogger(__name__)
+
+METHODS = ("none", "analytic", "empirical")  # in the order of ties: the simplest wins
+JUDGE_IMAGES = 64
 
 
 class Options(BaseModel):
@@ -32,7 +35,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["empirical", "analytic", "none"] = "empirical"
+    method: Literal["auto", "empirical", "analytic", "none"] = "auto"
     images: int = Field(256, ge=1, description="images of the calibration set to measure on")
     batch_size: int = Field(32, ge=1)
 
@@ -49,6 +52,9 @@ def correct(
 ) -> QuantState:
     """Return `state` with corrected biases.
 
+    `auto` makes all of them and keeps the one whose simulated outputs are nearest to the float
+    ones, on calibration images that the empirical fit did not see.
+
     Args:
         graph: folded graph (what the state belongs to).
         unfolded: the same model with its batch norms (for `analytic`).
@@ -58,14 +64,57 @@ def correct(
         device: where the measurement runs.
         progress: called per layer.
     """
-    if options.method == "analytic":
-        biases, info = analytic_biases(graph, unfolded, state)
-    elif options.method == "empirical":
-        biases = empirical_biases(graph, state, calib, options, device=device, progress=progress)
-        info = {"images": min(options.images, len(calib.images))}
-    else:
-        return state
-    merged = {**state.info, "bias_correction": {"method": options.method, **info}}
+
+    def fit(method: str, images: Tensor) -> QuantState:
+        if method == "none":
+            return _corrected(state, {}, {"method": "none"})
+        if method == "analytic":
+            biases, info = analytic_biases(graph, unfolded, state)
+        else:
+            biases = empirical_biases(
+                graph, state, images, batch=options.batch_size, device=device, progress=progress
+            )
+            info = {"images": len(images)}
+        return _corrected(state, biases, {"method": method, **info})
+
+    images = calib.images[: options.images]
+    if options.method != "auto":
+        return fit(options.method, images)
+    seen, unseen = _split(images)
+    scores = {m: output_sqnr(graph, fit(m, seen), unseen, device=device) for m in METHODS}
+    best = max(METHODS, key=lambda method: scores[method])
+    log.info("bias correction: %s of %s", best, scores)
+    chosen = fit(best, images)
+    info = {**chosen.info["bias_correction"], "output_sqnr_db": scores}
+    return _corrected(state, chosen.biases, info)
+
+
+def output_sqnr(
+    graph: Graph, state: QuantState, images: Tensor, *, device: torch.device, batch: int = 32
+) -> float:
+    """Return the SQNR in dB of the simulation's outputs against the float ones on `images`."""
+    simulation = simulated(graph, state).module.to(device)
+    outputs: list[tuple[Tensor, Tensor]] = []
+    with torch.inference_mode():
+        for chunk in images.split(batch):
+            x = chunk.to(device)
+            outputs.append((graph.module.to(device)(x).cpu(), simulation(x).cpu()))
+    floats, quantized = (torch.cat(part) for part in zip(*outputs, strict=True))
+    return affine.sqnr_db(floats, quantized)
+
+
+def _split(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images to fit on and up to 64 to judge by; a single image serves for both."""
+    if len(images) < 2:
+        return images, images
+    judge = min(len(images) // 2, JUDGE_IMAGES)
+    return images[:-judge], images[-judge:]
+
+
+def _corrected(
+    state: QuantState, biases: Mapping[str, Tensor], info: Mapping[str, Any]
+) -> QuantState:
+    merged = {**state.info, "bias_correction": dict(info)}
     return dataclasses.replace(state, biases={**state.biases, **biases}, info=merged)
 
 
@@ -73,7 +122,7 @@ def analytic_biases(
     graph: Graph, unfolded: Graph, state: QuantState
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return corrected biases from batch-norm statistics alone, and the layers left out."""
-    expected = expected_inputs(unfolded)
+    expected = folded_inputs(unfolded, graph)
     biases: dict[str, Tensor] = {}
     skipped: list[str] = []
     for layer in state.plan.layers.values():
@@ -128,18 +177,18 @@ def _float_bias(module: nn.Module, bias: Tensor | None, channels: int) -> Tensor
 def empirical_biases(
     graph: Graph,
     state: QuantState,
-    calib: CalibSet,
-    options: Options,
+    images: Tensor,
     *,
+    batch: int,
     device: torch.device,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Return biases that give every output channel of the simulation its float mean.
 
     Layers are corrected in graph order, each on inputs that already carry the corrections of
-    the layers before it; only live activations of the images are held.
+    the layers before it; only live activations of the images (n, c, h, w) are held.
     """
-    chunks = [c.to(device) for c in calib.images[: options.images].split(options.batch_size)]
+    chunks = [c.to(device) for c in images.split(batch)]
     names = {p.node: p for p in state.plan.layers.values() if p.weight is not None}
     graph.module.to(device)
     floats = _MeanCollector(graph.module, names)

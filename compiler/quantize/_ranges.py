@@ -7,6 +7,7 @@ relatives use (Genie's released code; BRECQ, QDrop): keep the ratio with the lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import Progress, QParams, silent
+from dfqc.compiler.errors import LoadError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.spec import QScheme
 
@@ -116,9 +118,14 @@ def collect_histograms(
     counts: dict[str, Tensor] = {s: torch.zeros(BINS, dtype=torch.float64) for s in sources}
 
     def widen(name: str, value: Tensor) -> None:
-        low, high = torch.aminmax(value)
+        low, high = (float(end) for end in torch.aminmax(value))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise LoadError(
+                f"{name}: the model computes values from {low} to {high} on the calibration "
+                "images, expected finite ones; check its weights and the preprocessing"
+            )
         old = bounds.get(name, (torch.inf, -torch.inf))
-        bounds[name] = (min(old[0], float(low)), max(old[1], float(high)))
+        bounds[name] = (min(old[0], low), max(old[1], high))
 
     def count(name: str, value: Tensor) -> None:
         low, high = bounds[name]

@@ -1,0 +1,235 @@
+"""ONNX Runtime on CPU: integer kernels for W8A8, and for grids below 8 bits, from one QDQ file.
+
+In: a quantized graph, or a `model.onnx`. Out: the lowered model, an open runner, the kernels that
+really run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqc.compiler import machine
+from dfqc.compiler.errors import EnvironmentFault, LoadError
+from dfqc.compiler.spec import TargetSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import ModelProto
+
+    from dfqc.compiler.contracts import Lowered, QuantState
+    from dfqc.compiler.graph import Graph
+
+TARGET = TargetSpec(
+    name="ort",
+    description="ONNX Runtime on CPU (x86-64, arm64): QLinearConv and QGemm integer kernels",
+    weight_bits=(2, 3, 4, 5, 6, 7, 8),
+    act_bits=(2, 3, 4, 5, 6, 7, 8, 16, 32),
+    integer_ops=("Conv2d", "Linear"),
+    act_signed=False,
+    act_symmetric=False,
+    placement="integer",
+    clip="integer",
+    bias="int32",
+    packed_int4=True,
+    kernel_note="values below 8 bits run on 8-bit integer kernels, on their own grid",
+)
+
+WEIGHT_ONLY_KEY = "dfqc.weight_only"  # metadata of a model whose activations stay in float
+MAX_BATCH = 256
+
+_PROVIDERS = ["CPUExecutionProvider"]
+
+
+def available() -> tuple[bool, str]:
+    """Return (True, version) if ONNX Runtime can be imported here, else (False, the reason)."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return False, f"onnxruntime cannot be imported ({error}); pip install onnxruntime"
+    return True, str(onnxruntime.__version__)
+
+
+def lower(graph: Graph, state: QuantState, *, metadata: Mapping[str, str]) -> Lowered:
+    """Return the QDQ model of a folded graph, written the way ONNX Runtime fuses it."""
+    from dfqc.backends import _qdq
+
+    return _qdq.lower(graph, state, TARGET, metadata=metadata)
+
+
+def lower_float(graph: Graph) -> bytes:
+    """Return the unquantized model: the control that every benchmark runs beside."""
+    from dfqc.backends import _qdq
+
+    return _qdq.lower_float(graph, TARGET)
+
+
+def open_runner(model: Path, *, threads: int | None = None, max_batch: int = MAX_BATCH) -> Runner:
+    """Open `model.onnx`. `threads` None: one per core that this process may use.
+
+    Batches above `max_batch` are run in pieces, which bounds memory. A file that is no model
+    raises `LoadError`, a missing runtime `EnvironmentFault`.
+    """
+    return Runner(model, threads or machine.cpu_count(), max_batch)
+
+
+def executed(model: Path, layers: Mapping[str, str]) -> dict[str, str]:
+    """Return, per module path, the kernel that the optimized graph has for that layer here."""
+    import onnx
+
+    from dfqc.backends import _ort_census
+
+    return _ort_census.kernels(onnx.load(model), optimized(model), layers)
+
+
+def census(model: Path) -> Counter[str]:
+    """Count the operators of the optimized graph, the one that is executed on this machine."""
+    from dfqc.backends import _ort_census
+
+    return _ort_census.census(optimized(model))
+
+
+def optimized(model: Path) -> ModelProto:
+    """Return the graph as ONNX Runtime rewrites it on this machine before running it."""
+    import onnx
+
+    with tempfile.TemporaryDirectory(prefix="dfqc-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        _session(model, 1, _weight_only(model), optimized_path=path)
+        return onnx.load(path)
+
+
+class Runner:
+    """An open session: float32 (n, c, h, w) in normalized space in, the first output back."""
+
+    def __init__(self, model: Path, threads: int, max_batch: int) -> None:
+        self.model = model
+        self.threads = threads
+        self.max_batch = max_batch
+        self._weight_only = _weight_only(model)
+        self._session: Any = _session(model, threads, self._weight_only)
+        self._tapped: tuple[tuple[str, ...], Any] | None = None
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Run a batch of any size and return the first output, batch first."""
+        return self._run(self._session, None, images)[0]
+
+    def codes(self, images: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Return the named inner values, and the model's output as `output`.
+
+        The values become outputs of a second session, opened on first use. Integer codes do not
+        disturb the fusion: the same kernels run.
+        """
+        wanted = tuple(dict.fromkeys(names))
+        if self._tapped is None or self._tapped[0] != wanted:
+            model = _with_outputs(self.model, wanted)
+            self._tapped = wanted, _session(model, self.threads, self._weight_only)
+        output = self._session.get_outputs()[0].name
+        values = self._run(self._tapped[1], [output, *wanted], images)
+        return dict(zip(("output", *wanted), values, strict=True))
+
+    def close(self) -> None:
+        """Free the sessions and their threads."""
+        self._session = self._tapped = None
+
+    def _run(self, session: Any, names: list[str] | None, images: np.ndarray) -> list[np.ndarray]:
+        import numpy as np
+
+        entry = session.get_inputs()[0]
+        _check_images(images, entry.shape, self.model)
+        images = np.ascontiguousarray(images, dtype=np.float32)
+        pieces = [
+            session.run(names, {entry.name: images[start : start + self.max_batch]})
+            for start in range(0, len(images), self.max_batch)
+        ]
+        if len(pieces) == 1:
+            return list(pieces[0])
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+
+def _session(
+    model: Path | bytes, threads: int, weight_only: bool, *, optimized_path: Path | None = None
+) -> Any:
+    ort = _runtime()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what goes wrong is raised, and told once
+    # Threads that spin on between two calls would steal cores from the engine timed beside this
+    # one, and from the neighbors on a shared machine.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if weight_only:
+        # Without it the weights are dequantized in every call instead of once, at load.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=_PROVIDERS)
+    except Exception as error:  # the runtime has one class per kind of fault, without a base
+        place = "the model" if isinstance(model, bytes) else model
+        raise LoadError(
+            f"{place}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}; "
+            f"expected an ONNX model of opset {TARGET.opset} such as `dfqc build` writes"
+        ) from error
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"target 'ort' needs onnxruntime, which cannot be imported here ({error}); "
+            "pip install onnxruntime"
+        ) from error
+    return onnxruntime
+
+
+def _weight_only(model: Path) -> bool:
+    properties = {p.key: p.value for p in _load(model).metadata_props}
+    return properties.get(WEIGHT_ONLY_KEY) == "true"
+
+
+def _load(model: Path) -> ModelProto:
+    import onnx
+
+    if not model.is_file():
+        raise LoadError(f"{model}: no such file; expected a model.onnx")
+    try:
+        return onnx.load(model)
+    except Exception as error:  # protobuf's DecodeError is not importable by a stable name
+        raise LoadError(f"{model}: this is no ONNX model: {_first_line(error)}") from error
+
+
+def _with_outputs(model: Path, names: Sequence[str]) -> bytes:
+    """Return the model with inner values as further outputs, types left to the runtime."""
+    from onnx import helper
+
+    proto = _load(model)
+    known = {name for node in proto.graph.node for name in node.output}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise LoadError(f"{model}: no node computes {', '.join(unknown)}; is it another build's?")
+    present = {output.name for output in proto.graph.output}
+    for name in names:
+        if name not in present:
+            proto.graph.output.append(helper.make_empty_tensor_value_info(name))
+    return bytes(proto.SerializeToString())
+
+
+def _check_images(images: np.ndarray, expected: Sequence[int | str | None], model: Path) -> None:
+    fits = images.ndim == len(expected) and all(
+        not isinstance(want, int) or got == want
+        for got, want in zip(images.shape, expected, strict=True)
+    )
+    if not fits or len(images) == 0:
+        wanted = "×".join(str(d) if isinstance(d, int) else "n" for d in expected)
+        got = "×".join(map(str, images.shape))
+        raise LoadError(f"{model}: got images of shape {got}, expected {wanted}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

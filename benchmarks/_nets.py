@@ -1,0 +1,60 @@
+"""The pretrained networks that the benchmarks measure on, and how `dfqc build` is told of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Net:
+    """One network of the assets with the images to judge it on and to calibrate it with."""
+
+    name: str
+    flags: tuple[str, ...]  # model, architecture and preprocessing
+    test: Path
+    real: Path  # images for the calibration with real data
+    in_sample: bool  # `real` is a part of `test`: an upper bound, not a fair result
+
+
+def assets() -> Path:
+    """Return the folder of test nets and images, DFQC_ASSETS or beside the repository."""
+    folder = Path(os.environ.get("DFQC_ASSETS", ROOT.parent / "shared" / "assets"))
+    if not (folder / "models").is_dir():
+        raise SystemExit(f"no assets at {folder}: set DFQC_ASSETS to the folder with models/")
+    return folder
+
+
+def list_nets(names: list[str]) -> list[Net]:
+    """Return the named networks, or all of them."""
+    folder = assets()
+    found = sorted(p.parent.name for p in (folder / "models").glob("*/info.json"))
+    unknown = set(names) - set(found)
+    if unknown:
+        raise SystemExit(f"unknown nets {sorted(unknown)}; there are {', '.join(found)}")
+    return [_net(folder, name) for name in names or found]
+
+
+def _net(folder: Path, name: str) -> Net:
+    home = folder / "models" / name
+    info: Mapping[str, Any] = json.loads((home / "info.json").read_text(encoding="utf-8"))
+    size = info["input_size"]
+    code = next(home.glob("*.py"))
+    flags = (
+        str(home / "weights.pt"),
+        *("--arch", f"{code}:build", "--input-size", f"3x{size}x{size}"),
+        *("--mean", ",".join(map(repr, info["mean"])), "--std", ",".join(map(repr, info["std"]))),
+        *("--resize", str(info.get("resize", size))),
+    )
+    if info["dataset"] == "imagenet":
+        images = folder / "data" / "imagenet" / "sample1000"
+        return Net(name, flags, images, images, in_sample=True)
+    data = folder / "data" / info["dataset"]
+    test, train = (data / f"{info['dataset']}_{split}.npz" for split in ("test", "train"))
+    return Net(name, flags, test, train, in_sample=False)

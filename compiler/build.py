@@ -1,0 +1,139 @@
+"""The verbs of the pipeline as functions: flags and a recipe file in, plain results out."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfqc.compiler.artifact import Store
+from dfqc.compiler.contracts import Progress, silent
+from dfqc.compiler.driver import Driver, StageRecord
+from dfqc.compiler.errors import EnvironmentFault, UsageError
+from dfqc.compiler.job import Job, check_output, make_job, model_name
+from dfqc.compiler.pipeline import Build, make_driver, open_store
+from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.stages import DATA, FACTS
+from dfqc.compiler.storage import CALIB, INFO, PLAN, load_json
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what happens: bars of running stages, and stages that are finished."""
+
+    reporter: Callable[[str], Progress] = lambda title: silent
+    finished: Callable[[StageRecord], None] = lambda record: None
+
+
+def run_build(
+    flags: Mapping[str, Any], recipe_file: Path | None, listener: Listener = Listener()
+) -> dict[str, Any]:
+    """Build a package and return its manifest; `exit_code` says whether its gates passed."""
+    from dfqc.compiler.contents import write_build
+
+    recipe = make_recipe(flags, recipe_file)
+    job = make_job(recipe)
+    check_output(job.output)
+    with open_store(recipe.cache_dir) as store:
+        driver = _drive(job, store, listener)
+        return write_build(Build(job, driver))
+
+
+def run_plan(
+    flags: Mapping[str, Any], recipe_file: Path | None, listener: Listener = Listener()
+) -> dict[str, Any]:
+    """Return each layer's fate, what the build will cost, and what the store already has."""
+    from dfqc.compiler.estimate import estimate
+    from dfqc.compiler.stages_calib import require_batch_norm
+
+    recipe = make_recipe(flags, recipe_file)
+    job = make_job(recipe)
+    with open_store(recipe.cache_dir) as store:
+        driver = _drive(job, store, listener, last="data")
+        facts = load_json(driver.artifact("trace").file(FACTS))
+        data = load_json(driver.artifact("data").file(DATA))
+        plan = load_json(driver.artifact("plan").file(PLAN))
+        graph = driver.value("trace")
+        require_batch_norm(graph, recipe.synth)
+        stages = [dataclasses.asdict(e) for e in make_driver(job, store).explain()]
+        stored = {row["name"] for row in stages if row["status"] == "hit"}
+        costs = [
+            dataclasses.asdict(row) | {"stored": row.stage in stored}
+            for row in estimate(job, graph, facts, data)
+        ]
+    return {
+        "model": {"source": recipe.model, **facts},
+        "target": recipe.target,
+        "runtime": job.runtime,
+        "bits": recipe.bits,
+        "layers": plan["layers"],
+        "quantizers": plan["quantizers"],
+        "estimate": costs,
+        "seconds": sum(row["seconds"] for row in costs if not row["stored"]),
+        "peak_bytes": max(row["peak_bytes"] for row in costs),
+        "stages": stages,
+    }
+
+
+def run_synth(
+    flags: Mapping[str, Any], recipe_file: Path | None, listener: Listener = Listener()
+) -> dict[str, Any]:
+    """Make calibration images only, and write them to a file.
+
+    `.safetensors` holds them as the model reads them; `.npz` as 8-bit pixels, which
+    `--calib-data` takes.
+    """
+    recipe = make_recipe(flags, recipe_file)
+    target = Path(recipe.output or f"out/{model_name(recipe)}-{recipe.synth}.safetensors")
+    if target.suffix not in (".safetensors", ".npz"):
+        raise UsageError(f"-o {target}: expected a file ending in .safetensors or .npz")
+    job = make_job(recipe)
+    with open_store(recipe.cache_dir) as store:
+        _make_folder(target)
+        driver = _drive(job, store, listener, last="synthesize")
+        artifact = driver.artifact("synthesize")
+        if target.suffix == ".npz":
+            _write_pixels(driver, target)
+        else:
+            shutil.copyfile(artifact.file(CALIB), target)
+        about = load_json(artifact.file(INFO))
+    return {
+        "file": str(target),
+        "method": about["source"],
+        "images": about["images"],
+        "score": about["info"]["bn_divergence"],
+        "stages": [dataclasses.asdict(record) for record in driver.records],
+    }
+
+
+def _drive(job: Job, store: Store, listener: Listener, *, last: str | None = None) -> Driver:
+    driver = make_driver(
+        job, store, last=last, reporter=listener.reporter, finished=listener.finished
+    )
+    driver.run()
+    return driver
+
+
+def _make_folder(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{target} cannot be written: {error.strerror or error}; choose another with -o"
+        ) from error
+
+
+def _write_pixels(driver: Driver, target: Path) -> None:
+    import numpy as np
+
+    from dfqc.compiler.stages_calib import as_pixels
+
+    calib, graph = driver.value("synthesize"), driver.value("trace")
+    arrays = {"images": as_pixels(calib.images, graph.image)}
+    if calib.labels is not None:
+        arrays["labels"] = calib.labels.numpy()
+    np.savez_compressed(target, allow_pickle=False, **arrays)

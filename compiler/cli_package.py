@@ -1,0 +1,98 @@
+"""The verbs on a finished package: `eval`, `bench`, `verify` and `inspect`; none needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfqc.compiler.errors import ParityGateError
+from dfqc.compiler.output import Json, emit, only_results_on_stdout
+
+Folder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Folder that `dfqc build` wrote.")]
+Folders = Annotated[list[Path], typer.Argument(metavar="PACKAGE...", help="One or more packages.")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads of the engine.")]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images per call.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file."""
+    app.command("eval", help="Top-1 of a package on labelled images.")(evaluate)
+    app.command("bench", help="Latency of packages, measured side by side.")(bench)
+    app.command("verify", help="Is a package whole, and does it compute here what it must?")(verify)
+    app.command("inspect", help="What is in a package or an ONNX file.")(inspect)
+
+
+def evaluate(
+    package: Folder,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", "--eval-data", metavar="PATH", help=".npz, ImageFolder or labels.csv folder."
+        ),
+    ],
+    batch: Batch = 64,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Evaluate a package."""
+    from dfqc.compiler.evaluate import describe_eval, run_eval
+    from dfqc.compiler.progress import reporter
+
+    with only_results_on_stdout():
+        result = run_eval(package, data, batch=batch, threads=threads, progress=reporter("eval"))
+    emit(result, describe_eval(result), as_json=json)
+
+
+def bench(
+    packages: Folders,
+    batch: Batch = 1,
+    threads: Threads = None,
+    float_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Float ONNX model to compare with.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Labelled images: adds top-1.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls per engine.")] = 100,
+    json: Json = False,
+) -> None:
+    """Time packages."""
+    from dfqc.compiler.bench import describe_bench, run_bench
+    from dfqc.compiler.progress import reporter
+
+    with only_results_on_stdout():
+        result = run_bench(
+            packages,
+            batch=batch,
+            threads=threads,
+            float_model=float_model,
+            data=data,
+            runs=runs,
+            progress=reporter("bench"),
+        )
+    emit(result, describe_bench(result), as_json=json)
+
+
+def verify(package: Folder, threads: Threads = None, json: Json = False) -> None:
+    """Check a package."""
+    from dfqc.compiler.verify_package import describe_verify, run_verify
+
+    with only_results_on_stdout():
+        result = run_verify(package, threads=threads)
+    emit(result, describe_verify(result), as_json=json)
+    if result["failures"]:  # the object on stdout names them; a second one would be no JSON
+        typer.echo(f"dfqc: {'; '.join(result['failures'])}", err=True)
+        raise typer.Exit(ParityGateError.exit_code)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Package folder or ONNX file.")],
+    json: Json = False,
+) -> None:
+    """Describe a package."""
+    from dfqc.compiler.inspection import describe_inspect, run_inspect
+
+    result = run_inspect(path)
+    emit(result, describe_inspect(result), as_json=json)

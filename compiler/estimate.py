@@ -1,0 +1,95 @@
+"""How long a build will take and how much memory it needs: recipe and model facts in, rows out.
+
+One forward pass of the traced model is timed here and scaled; good to about a factor of two. Where
+the store remembers how long a stage of this model took, that is scaled instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dfqc.compiler import plugins
+from dfqc.compiler.job import Job
+from dfqc.compiler.options import plugin_options
+from dfqc.compiler.stages_calib import HELD_OUT
+
+if TYPE_CHECKING:
+    from dfqc.compiler.graph import Graph
+
+_BASE_BYTES = 600 << 20  # the interpreter with torch, ONNX and a runtime loaded
+_BACKWARD = 3.0  # forward and backward pass, in forward passes
+_PROBE_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage will take."""
+
+    stage: str
+    seconds: float
+    peak_bytes: int
+
+
+def estimate(
+    job: Job, graph: Graph, facts: Mapping[str, Any], data: Mapping[str, Any]
+) -> list[Estimate]:
+    """Return the stages that cost more than a moment, in order.
+
+    Args:
+        job: what will be built.
+        graph: the traced model.
+        facts: what the trace stage says of it.
+        data: what the data stage found.
+    """
+    recipe, image = job.recipe, _seconds_per_image(graph)
+    options = _options(job)
+    size = min(getattr(options, "batch_size", recipe.samples), recipe.samples)
+    passes = _passes(options, recipe.synth)
+    pixels = recipe.samples * 4 * _count(facts["image"]["size"])
+    weights = 4 * facts["params"]
+    activations = 4 * facts["activations"]
+    labelled = data.get("eval", {}).get("images", 0)
+    rows = [
+        Estimate("synthesize", recipe.samples * passes * image, size * activations * 2 + pixels),
+        Estimate("holdout", HELD_OUT * passes * image / 2, size * activations * 2),
+        Estimate("quantize", 3 * recipe.samples * image, size * activations + pixels),
+        Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
+        Estimate("lower", 2.0 + weights / 50e6, 6 * weights),
+        Estimate("verify", 4 * HELD_OUT * image, 32 * activations),
+        Estimate("evaluate", 4 * (HELD_OUT + labelled) * image, 64 * activations),
+        Estimate("bench", 2.0 + 220 * recipe.batch * image, recipe.batch * activations),
+    ]
+    return [Estimate(r.stage, r.seconds, _BASE_BYTES + 2 * weights + r.peak_bytes) for r in rows]
+
+
+def _options(job: Job) -> Any:
+    recipe = job.recipe
+    plugin = plugins.load("synthesizer", recipe.synth)
+    return plugin_options(plugin, recipe.synth, recipe.effort, recipe.synth_option)
+
+
+def _passes(options: Any, name: str) -> float:
+    """Forward passes per image: optimizers run each step forward and backward."""
+    steps = getattr(options, "iterations", 0)
+    needs_model = plugins.load("synthesizer", name).NEEDS_BN
+    return _BACKWARD * steps if needs_model else 0.0
+
+
+def _seconds_per_image(graph: Graph) -> float:
+    import torch
+
+    images = torch.zeros(_PROBE_IMAGES, *graph.image.size)
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(3):  # the first call also allocates
+            start = time.perf_counter()
+            graph.module(images)
+            best = min(best, time.perf_counter() - start)
+    return best / _PROBE_IMAGES
+
+
+def _count(size: list[int]) -> int:
+    return size[0] * size[1] * size[2]

@@ -1,0 +1,109 @@
+"""The build's flags as data, one per recipe key: names and help in, command signatures out.
+
+Light on imports: `dfqc --help` reads this file and not the recipe's validation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: recipe key, type on the command line, help, metavar and panel of the help page."""
+
+    name: str
+    kind: Any
+    help: str
+    metavar: str | None = None
+    panel: str = "Model"
+    short: tuple[str, ...] = ()
+
+
+_PLAN, _CALIB, _QUANT, _GATES, _RUN = (
+    "Bits and target",
+    "Calibration images",
+    "Quantizer",
+    "Evaluation and gates",
+    "Run",
+)
+
+FLAGS = (
+    Flag("arch", str, "timm:NAME, torchvision:NAME or path/to/file.py:factory", "ARCH"),
+    Flag("pretrained", bool, "with timm: or torchvision: models, load their weights"),
+    Flag("unsafe_load", bool, "open a pickled module: it can run any code of its author"),
+    Flag("input_size", str, "input of the model", "CxHxW"),
+    Flag("resize", int, "shorter side of an image before the center crop", "PIXELS"),
+    Flag("mean", str, "mean of RGB in 0..1, for example .485,.456,.406", "LIST"),
+    Flag("std", str, "standard deviation of RGB in 0..1", "LIST"),
+    Flag("target", str, "engine to build for (dfqc targets)", "NAME", _PLAN),
+    Flag("bits", str, "w2..w8 and a2..a8, or a16/a32 for weight-only", "wNaM", _PLAN),
+    Flag("ends", str, "bits of the first and last layer; `same`: those of the rest", "wNaM", _PLAN),
+    Flag("layer", list[str], "bits of some layers (repeatable)", "GLOB=wNaM", _PLAN),
+    Flag("effort", str, "quick, standard or max: how long synthesis may take", "NAME", _CALIB),
+    Flag("synth", str, "synthesizer of the calibration images (dfqc list)", "NAME", _CALIB),
+    Flag("synth_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _CALIB),
+    Flag("calib_data", str, "real images instead: .npz, ImageFolder or labels.csv", "PATH", _CALIB),
+    Flag("samples", int, "number of calibration images", "N", _CALIB),
+    Flag("quantizer", str, "quantizer (dfqc list)", "NAME", _QUANT),
+    Flag("quantizer_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _QUANT),
+    Flag("bias_correction", str, "auto, empirical, analytic or none", "NAME", _QUANT),
+    Flag("eval_data", str, "labelled images: reports top-1", "PATH", _GATES),
+    Flag("max_drop", float, "gate: largest loss in points of top-1 (exit 5)", "PTS", _GATES),
+    Flag("min_speedup", float, "gate: float time / engine time (exit 6)", "X", _GATES),
+    Flag("batch", int, "batch of the latency measurement", "N", _GATES),
+    Flag("threads", int, "threads of the latency measurement", "N", _GATES),
+    Flag("seed", int, "seed of everything random", "N", _RUN),
+    Flag("device", str, "cpu or cuda", "NAME", _RUN),
+    Flag("budget", str, "stop after this time, resumable (exit 8)", "20m", _RUN),
+    Flag("memory", str, "stop above this much memory (exit 8)", "8g", _RUN),
+    Flag("cache_dir", str, "where finished stages are stored", "DIR", _RUN),
+    Flag("output", str, "folder of the package", "DIR", _RUN, ("-o",)),
+)
+
+
+def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the model argument and every recipe flag, in front of its own parameters.
+
+    The command takes them as one dictionary, `flags`; flags that were not given are None.
+    """
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(command, eval_str=True).parameters.values()
+        if p.name != "flags"
+    ]
+
+    def run(**values: Any) -> None:
+        mine = {p.name: values.pop(p.name) for p in own}
+        command(values, **mine)
+
+    shared = [_model_argument(), *(_parameter(flag) for flag in FLAGS)]
+    run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    return run
+
+
+def _model_argument() -> inspect.Parameter:
+    info = typer.Argument(
+        metavar="MODEL", help=".pt2, a state_dict with --arch, timm:NAME or torchvision:NAME"
+    )
+    return _keyword("model", Annotated[str | None, info])
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    name = flag.name.replace("_", "-")
+    names = [f"--{name}/--no-{name}" if flag.name == "pretrained" else f"--{name}", *flag.short]
+    info = typer.Option(*names, help=flag.help, metavar=flag.metavar, rich_help_panel=flag.panel)
+    return _keyword(flag.name, Annotated[flag.kind | None, info])
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )

@@ -1,0 +1,257 @@
+"""The manifest, schema 1, and the gates: a finished build in, one JSON object out.
+
+Other tools read it: fields are added, never renamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from dfqc.compiler import machine
+from dfqc.compiler.errors import (
+    AccuracyGateError,
+    EnvironmentFault,
+    ParityGateError,
+    SpeedGateError,
+)
+from dfqc.compiler.job import Job
+from dfqc.compiler.package import MODEL, SCHEMA
+from dfqc.compiler.pipeline import Build
+from dfqc.compiler.stages import DATA, FACTS
+from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
+from dfqc.compiler.storage import INFO, NAMES, PLAN
+
+# The gravest first: a wrong engine's accuracy and speed mean nothing.
+EXIT_CODES = {
+    "parity": ParityGateError.exit_code,
+    "parity_eval": ParityGateError.exit_code,
+    "max_drop": AccuracyGateError.exit_code,
+    "max_drop_agreement": AccuracyGateError.exit_code,
+    "min_speedup": SpeedGateError.exit_code,
+}
+_VERSIONS = (
+    "torch",
+    "torchvision",
+    "timm",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "numpy",
+)
+
+
+def assemble(build: Build) -> dict[str, Any]:
+    """Return the manifest; `files` is filled in by the package writer."""
+    job, facts = build.job, build.data("trace", FACTS)
+    metrics, parity = _metrics(build), _parity(build)
+    gates = check_gates(job, metrics, parity)
+    code = exit_code(job, gates)
+    return {
+        "schema": SCHEMA,
+        "dfqc": machine.version("dfqc"),
+        "status": "passed" if code == 0 else "failed",
+        "exit_code": code,
+        "model": {
+            "source": job.recipe.model,
+            "arch": job.recipe.arch,
+            "sha256": facts["sha256"],
+            "params": facts["params"],
+            "macs": facts["macs"],
+        },
+        "target": job.recipe.target,
+        "bits": job.recipe.bits,
+        "seed": job.recipe.seed,
+        "engine": MODEL,
+        "image": facts["image"],
+        "recipe": job.recipe.saved(),
+        "recipe_sha256": job.recipe_digest(),
+        "metrics": metrics,
+        "size": build.data("lower", NAMES)["sizes"],
+        "parity": parity,
+        "calib": _calib(build),
+        "gates": gates,
+        "notes": _notes(job),
+        "stages": [dataclasses.asdict(record) for record in build.records],
+        "layers": _layers(build),
+        "environment": _environment(job),
+    }
+
+
+def check_gates(
+    job: Job, metrics: Mapping[str, Any], parity: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return every gate that was set, and parity, which always is; a missing value fails."""
+    gates = []
+    if job.runtime is not None:
+        limit = parity["tolerance"]["argmax_agreement"]
+        passed = parity["passed"]
+        gates.append(_gate("parity", parity["argmax_agreement"], limit, passed))
+        if parity["eval_agreement"] is not None:
+            value = parity["eval_agreement"]
+            gates.append(_gate("parity_eval", value, limit, value >= limit))
+    if (limit := job.recipe.max_drop) is not None:
+        # Without labels the loss of top-1 is unknown; another name says that it is not that.
+        name = "max_drop" if metrics["top1"]["images"] else "max_drop_agreement"
+        drop = _drop(metrics)
+        gates.append(_gate(name, drop, limit, drop <= limit))
+    if (limit := job.recipe.min_speedup) is not None:
+        speedup = metrics["latency_ms"]["speedup"]
+        gates.append(_gate("min_speedup", speedup, limit, (speedup or 0.0) >= limit))
+    return gates
+
+
+def exit_code(job: Job, gates: list[dict[str, Any]]) -> int:
+    """Return the code of the gravest failed gate, 8 if nothing could be verified, else 0."""
+    failed = [gate["name"] for gate in gates if not gate["passed"]]
+    for name, code in EXIT_CODES.items():
+        if name in failed:
+            return code
+    return 0 if job.runtime is not None else EnvironmentFault.exit_code
+
+
+def verdict(manifest: Mapping[str, Any]) -> str:
+    """Return one sentence on why a build did not pass; empty if it did."""
+    faults = [
+        f"gate {gate['name']} failed: {_show(gate['value'])}, limit {_show(gate['limit'])}"
+        for gate in manifest["gates"]
+        if not gate["passed"]
+    ]
+    if manifest["exit_code"] == EnvironmentFault.exit_code:
+        faults += manifest["notes"]
+    return "; ".join(faults)
+
+
+def _gate(name: str, value: float | None, limit: float, passed: bool) -> dict[str, Any]:
+    return {"name": name, "value": value, "limit": limit, "passed": passed}
+
+
+def _drop(metrics: Mapping[str, Any]) -> float:
+    """Points lost by what was built, in top-1 or, without labels, in agreement with float."""
+    built = "simulated" if metrics["agreement"]["engine"] is None else "engine"
+    if metrics["top1"]["images"]:
+        return float(metrics["top1"]["float"] - metrics["top1"][built])
+    return float(100.0 - metrics["agreement"][built])
+
+
+def _metrics(build: Build) -> dict[str, Any]:
+    measured = build.data("evaluate", METRICS)
+    built = "engine" if "engine" in measured else "simulated"
+    return {
+        "top1": _top1(measured.get("eval") or {}),
+        "agreement": {
+            "simulated": measured["simulated"]["agreement"],
+            "engine": measured.get("engine", {}).get("agreement"),
+            "images": measured["images"],
+        },
+        "sqnr_db": measured[built]["sqnr_db"],
+        "latency_ms": _latency(build),
+    }
+
+
+def _top1(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Percent of right predictions; every value is null without labelled images."""
+    found = scores.get("top1", {})
+    return {
+        **{name: found.get(name) for name in ("float", "simulated", "engine")},
+        "images": scores.get("images", 0),
+        "agreement": scores.get("agreement"),
+        "drop_standard_error": scores.get("drop_standard_error"),
+    }
+
+
+def _latency(build: Build) -> dict[str, Any]:
+    """Medians in ms; every value is null where no engine could be run."""
+    times = build.data("bench", LATENCY) if build.job.runtime is not None else {}
+    reference, engine, ratio = (times.get(n, {}) for n in ("float", "engine", "speedup"))
+    return {
+        "float": reference.get("median_ms"),
+        "engine": engine.get("median_ms"),
+        "speedup": ratio.get("median"),
+        "batch": engine.get("batch"),
+        "threads": engine.get("threads"),
+        "float_p90": reference.get("p90_ms"),
+        "engine_p90": engine.get("p90_ms"),
+        "speedup_best": ratio.get("best"),
+        "runs": engine.get("runs"),
+        "warmup": engine.get("warmup"),
+    }
+
+
+def _parity(build: Build) -> dict[str, Any]:
+    if build.job.runtime is None:
+        return {"max_abs": None, "argmax_agreement": None, "worst_layer": None, "passed": None}
+    report = build.data("verify", PARITY)
+    scores = build.data("evaluate", METRICS).get("eval") or {}
+    kept = {name: value for name, value in report.items() if name not in ("layers", "executed")}
+    return kept | {"eval_agreement": scores.get("parity")}
+
+
+def _calib(build: Build) -> dict[str, Any]:
+    about = build.data("synthesize", INFO)
+    held_out = build.data("holdout", INFO)
+    return {
+        "method": build.job.recipe.synth,
+        "source": about["source"],
+        "images": about["images"],
+        # Divergence from the batch norms' statistics in nats: 0 is a match, less is better.
+        "score": about["info"]["bn_divergence"],
+        "holdout_images": held_out["images"],
+        "holdout_score": held_out["info"]["bn_divergence"],
+        **build.data("data", DATA).get("calib", {}),
+    }
+
+
+def _layers(build: Build) -> list[dict[str, Any]]:
+    planned = build.data("plan", PLAN)["layers"]
+    sqnr = build.data("evaluate", METRICS)["layers"]
+    executed: Mapping[str, str] = {}
+    if build.job.runtime is not None:
+        executed = build.data("verify", PARITY)["executed"]
+    return [
+        {
+            "name": layer["name"],
+            "op": layer["op"],
+            "asked": _bits(layer["asked"]),
+            "exported": _bits(layer["exported"]),
+            "executed": executed.get(layer["name"]),
+            "reason": layer["reason"],
+            "sqnr_db": sqnr.get(layer["name"]),
+        }
+        for layer in planned
+    ]
+
+
+def _bits(raw: Mapping[str, int]) -> str:
+    return f"w{raw['weight']}a{raw['act']}"
+
+
+def _notes(job: Job) -> list[str]:
+    if job.runtime is not None:
+        return []
+    note = (
+        f"Not verified: the runtime of target {job.recipe.target!r} cannot be used here "
+        f"({job.no_runtime}). The model was written and simulated, but no engine was run: "
+        "check it with `dfqc verify` where the runtime is"
+    )
+    return [note]
+
+
+def _environment(job: Job) -> dict[str, Any]:
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": machine.cpu_model(),
+        "integer_instructions": ", ".join(machine.integer_flags()),
+        "cores": machine.cpu_count(),
+        "runtime": job.runtime,
+        **machine.versions(*_VERSIONS),
+    }
+
+
+def _show(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"

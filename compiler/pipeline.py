@@ -1,0 +1,287 @@
+"""The walk from a model file to a package, top to bottom: a recipe in, a `Build` out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfqc.compiler import machine, stages, stages_calib, stages_engine, storage
+from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
+from dfqc.compiler.contracts import Progress, silent
+from dfqc.compiler.driver import Driver, Limits, Stage, StageRecord
+from dfqc.compiler.job import Job
+from dfqc.compiler.units import parse_size
+
+_EXPORTERS = ("torch", "onnx", "onnxscript", "onnx-ir", "dfqc")
+
+
+def _pick(*names: str) -> Callable[[Job], Mapping[str, Any]]:
+    """Options of a stage: some keys of the saved recipe, which is plain data."""
+    return lambda job: {name: job.recipe.saved()[name] for name in names}
+
+
+def _versions(*names: str) -> Callable[[Job], Mapping[str, Any]]:
+    return lambda job: machine.versions(*names)
+
+
+def _trace_options(job: Job) -> Mapping[str, Any]:
+    # The model counts by content: the same file under another path is the same model.
+    image = _pick("input-size", "resize", "mean", "std", "unsafe-load")(job)
+    return {"model": job.model_digest, **image}
+
+
+def _plan_options(job: Job) -> Mapping[str, Any]:
+    target = dataclasses.asdict(job.backend.TARGET)
+    return {**_pick("bits", "ends", "layer")(job), "target": target}
+
+
+def _data_options(job: Job) -> Mapping[str, Any]:
+    return {"calib-data": job.calib_digest, "eval-data": job.eval_digest}
+
+
+def _synthesize_options(job: Job) -> Mapping[str, Any]:
+    options = _pick("synth", "synth-option", "effort", "samples")(job)
+    return {**options, "calib-data": job.calib_digest}
+
+
+def _lower_options(job: Job) -> Mapping[str, Any]:
+    return {"target": job.recipe.target, "recipe": job.recipe_digest()}
+
+
+def _evaluate_options(job: Job) -> Mapping[str, Any]:
+    return {"target": job.recipe.target, "eval-data": job.eval_digest}
+
+
+def _bench_options(job: Job) -> Mapping[str, Any]:
+    threads = stages_engine.bench_threads(job)
+    return {"target": job.recipe.target, "batch": job.recipe.batch, "threads": threads}
+
+
+def _compute(job: Job) -> Mapping[str, Any]:
+    return {**machine.versions("torch"), "device": job.recipe.device.split(":")[0]}
+
+
+def _engine(job: Job) -> Mapping[str, Any]:
+    # What an engine computes, and how fast, belongs to this runtime on this processor.
+    flags = ",".join(machine.integer_flags())
+    return {"runtime": job.runtime, "cpu": machine.cpu_model(), "flags": flags}
+
+
+def _synthesizer(job: Job) -> tuple[str, ...]:
+    return (f"dfqc.calib.{job.recipe.synth}", "dfqc.compiler.calib_quality")
+
+
+def _quantizer(job: Job) -> tuple[str, ...]:
+    return (f"dfqc.compiler.quantize.{job.recipe.quantizer}",)
+
+
+def _backend(*others: str) -> Callable[[Job], tuple[str, ...]]:
+    def modules(job: Job) -> tuple[str, ...]:
+        ours = tuple(f"dfqc.compiler.{name}" for name in others)
+        return (f"dfqc.backends.{job.recipe.target}", *ours)
+
+    return modules
+
+
+def _modules(*names: str) -> Callable[[Job], tuple[str, ...]]:
+    return lambda job: tuple(f"dfqc.compiler.{name}" for name in names)
+
+
+STAGES: tuple[Stage, ...] = (
+    # First, because everything is named by the graph: layers, rules, reports.
+    Stage(
+        "trace",
+        (),
+        stages.trace,
+        stages.save_trace,
+        stages.load_trace,
+        stages.verify_trace,
+        options=_trace_options,
+        environment=_versions("torch"),
+        code=_modules("loading", "frontend"),
+    ),
+    # All but synthesis works on the folded graph: it is what the engine runs. Folding takes
+    # milliseconds, storing the weights twice would not.
+    Stage("fold", ("trace",), stages.fold, check=stages.verify_fold, code=_modules("passes.fold")),
+    # Before any work: a rule that matches nothing and bits that the target cannot hold fail here.
+    Stage(
+        "plan",
+        ("fold",),
+        stages.plan,
+        storage.save_plan,
+        storage.load_plan,
+        options=_plan_options,
+        code=_modules("plan"),
+    ),
+    # The data sets are read now, not when they are needed: an empty folder or a label out of
+    # range must not cost an hour of synthesis.
+    Stage(
+        "data",
+        ("trace",),
+        stages.check_data,
+        stages.save_data,
+        stages.load_data,
+        options=_data_options,
+        code=_modules("dataset"),
+    ),
+    # On the unfolded graph, whose batch-norm statistics it matches. Independent of the plan: one
+    # calibration set serves all bits and targets of a model.
+    Stage(
+        "synthesize",
+        ("trace",),
+        stages_calib.synthesize,
+        stages_calib.save_calibration,
+        storage.load_calib,
+        options=_synthesize_options,
+        environment=_compute,
+        code=_synthesizer,
+        seeded=True,
+    ),
+    # What judges must not be what was fitted: other images, made in another way.
+    Stage(
+        "holdout",
+        ("trace",),
+        stages_calib.hold_out,
+        stages_calib.save_calibration,
+        storage.load_calib,
+        environment=_compute,
+        code=lambda job: ("dfqc.calib.zeroq", "dfqc.calib.noise", "dfqc.compiler.calib_quality"),
+        seeded=True,
+    ),
+    Stage(
+        "quantize",
+        ("fold", "plan", "synthesize"),
+        stages.quantize,
+        storage.save_state,
+        storage.load_state,
+        options=_pick("quantizer", "quantizer-option", "effort"),
+        environment=_compute,
+        code=_quantizer,
+        seeded=True,
+    ),
+    # After rounding, whose mean error it undoes, and before lowering, which snaps the biases.
+    Stage(
+        "correct",
+        ("trace", "fold", "synthesize", "quantize"),
+        stages.correct,
+        storage.save_state,
+        storage.load_state,
+        options=_pick("bias-correction"),
+        environment=_compute,
+        code=_modules("passes.bias"),
+    ),
+    Stage(
+        "lower",
+        ("trace", "fold", "correct"),
+        stages.lower,
+        storage.save_engines,
+        storage.load_engines,
+        options=_lower_options,
+        environment=_versions(*_EXPORTERS),
+        code=_backend("sizes"),
+    ),
+    # Before any figure is believed: does the engine compute what was simulated?
+    Stage(
+        "verify",
+        ("fold", "holdout", "correct", "lower"),
+        stages_engine.verify,
+        stages_engine.save_verdict,
+        stages_engine.load_verdict,
+        options=_pick("target"),
+        environment=_engine,
+        code=_backend("parity", "verify_package"),
+    ),
+    Stage(
+        "evaluate",
+        ("trace", "fold", "holdout", "correct", "lower"),
+        stages_engine.evaluate,
+        stages_engine.save_metrics,
+        stages_engine.load_metrics,
+        options=_evaluate_options,
+        environment=_engine,
+        code=_backend("evaluate", "fidelity", "dataset", "simulate"),
+    ),
+    # Last, when nothing else runs: the one figure that other work would spoil.
+    Stage(
+        "bench",
+        ("trace", "lower"),
+        stages_engine.bench,
+        stages_engine.save_latency,
+        stages_engine.load_latency,
+        options=_bench_options,
+        environment=_engine,
+        code=_backend("bench"),
+    ),
+)
+# What cannot be done where the target's runtime is missing.
+ON_ENGINE = ("verify", "bench")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished run: what the manifest and the package are made from."""
+
+    job: Job
+    driver: Driver
+
+    @property
+    def records(self) -> list[StageRecord]:
+        """What became of every stage."""
+        return self.driver.records
+
+    def file(self, stage: str, name: str) -> Path:
+        """Return a file of a stage's artifact."""
+        return self.driver.artifact(stage).file(name)
+
+    def data(self, stage: str, name: str) -> Any:
+        """Return a JSON file of a stage's artifact."""
+        return storage.load_json(self.file(stage, name))
+
+
+def stages_for(job: Job) -> tuple[Stage, ...]:
+    """Return the stages that this machine can run."""
+    if job.runtime is not None:
+        return STAGES
+    return tuple(stage for stage in STAGES if stage.name not in ON_ENGINE)
+
+
+def make_driver(
+    job: Job,
+    store: Store,
+    *,
+    last: str | None = None,
+    reporter: Callable[[str], Progress] = lambda title: silent,
+    finished: Callable[[StageRecord], None] = lambda record: None,
+) -> Driver:
+    """Return a driver of the stages up to `last` (all of them without it)."""
+    chosen = stages_for(job)
+    if last is not None:
+        chosen = chosen[: [stage.name for stage in chosen].index(last) + 1]
+    recipe = job.recipe
+    return Driver(
+        chosen,
+        job,
+        store,
+        seed=recipe.seed,
+        label=job.model_digest,
+        limits=Limits(recipe.budget_seconds, recipe.memory_bytes),
+        reporter=reporter,
+        finished=finished,
+    )
+
+
+@contextlib.contextmanager
+def open_store(cache_dir: str | None) -> Iterator[Store]:
+    """Open the store of the recipe, and trim it in the end."""
+    limit = os.environ.get("DFQC_CACHE_LIMIT")
+    size = parse_size(limit, where="DFQC_CACHE_LIMIT") if limit else DEFAULT_LIMIT
+    store = Store(Path(cache_dir) if cache_dir else default_root(), limit_bytes=size)
+    try:
+        yield store
+    finally:
+        store.close()

@@ -1,0 +1,79 @@
+"""Find and load plug-ins by file name: one file in a plug-in package is one plug-in.
+
+In: a kind and a name, for example ("synthesizer", "zeroq"). Out: the module, or the known names.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.util
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from dfqc.compiler.errors import UsageError
+
+# kind -> (package, the attribute every plug-in of that kind has)
+KINDS = {
+    "synthesizer": ("dfqc.calib", "synthesize"),
+    "quantizer": ("dfqc.compiler.quantize", "quantize"),
+    "target": ("dfqc.backends", "TARGET"),
+}
+
+
+@functools.cache
+def available(kind: str) -> tuple[str, ...]:
+    """Names of all plug-ins of a kind; a leading underscore marks a shared helper.
+
+    Only targets are opened to tell them apart from other backends: they import no runtime.
+    """
+    package, attribute = KINDS[kind]
+    folder = importlib.import_module(package).__path__
+    names = sorted(m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_"))
+    if kind != "target":
+        return tuple(names)
+    return tuple(n for n in names if hasattr(importlib.import_module(f"{package}.{n}"), attribute))
+
+
+def load(kind: str, name: str) -> Any:
+    """Return the plug-in module; an unknown name is answered with the names there are."""
+    check_name(kind, name)
+    package, attribute = KINDS[kind]
+    module = importlib.import_module(f"{package}.{name}")
+    if not hasattr(module, attribute):
+        raise TypeError(f"{module.__name__} is no {kind}: it has no `{attribute}`")
+    return module
+
+
+def check_name(kind: str, name: str) -> None:
+    """Refuse a name that is no plug-in of that kind, without loading it (exit 2)."""
+    names = available(kind)
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(f"unknown {kind} {name!r}: {hint}expected one of {', '.join(names) or 'none'}")
+
+
+def summary(kind: str, name: str) -> str:
+    """First line of a plug-in's docstring, read from its source: loading it may load torch."""
+    source = find_source(f"{KINDS[kind][0]}.{name}")
+    text = source.read_text(encoding="utf-8") if source else ""
+    return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+
+
+def find_source(module: str) -> Path | None:
+    """Path of the source of one of our modules, found without importing it; None if there is none.
+
+    (`importlib.util.find_spec` imports the parent, which may be a module that loads torch.)
+    """
+    _, top, *rest = module.split(".")
+    spec = importlib.util.find_spec(f"dfqc.{top}")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]).joinpath(*rest)
+    candidates = (path / "__init__.py", path.parent / f"{path.name}.py")
+    return next((c for c in candidates if c.is_file()), None)

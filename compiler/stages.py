@@ -1,0 +1,242 @@
+"""What each stage up to the lowered model does: a context in, the stage's value out.
+
+A stage function reads its inputs, calls one pure function of the compiler or of a plug-in, and
+returns what that returned. torch is imported where it is used: a build that finds every stage in
+the store never loads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqc.compiler import machine, plugins
+from dfqc.compiler.contracts import ImageSpec, QuantState
+from dfqc.compiler.driver import Context
+from dfqc.compiler.errors import EnvironmentFault
+from dfqc.compiler.job import Job
+from dfqc.compiler.options import plugin_options
+from dfqc.compiler.spec import Plan
+from dfqc.compiler.storage import Engines, load_json, save_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from dfqc.compiler.graph import Graph
+
+FACTS, DATA, SHEET = "facts.json", "data.json", "contact_sheet.png"
+HELD_OUT = 128  # images of the held-out set
+
+
+def trace(context: Context) -> tuple[Graph, dict[str, Any]]:
+    """Load the model and capture it; beside the graph, the facts that need no torch to read."""
+    from dfqc.compiler import frontend
+    from dfqc.compiler.loading import ImageOverrides, load_model
+
+    recipe = context.settings.recipe
+    image = ImageOverrides(recipe.input_size, recipe.mean, recipe.std, recipe.resize)
+    loaded = load_model(
+        recipe.model,
+        arch=recipe.arch,
+        unsafe_load=recipe.unsafe_load,
+        pretrained=recipe.pretrained,
+        image=image,
+        seed=recipe.seed,
+    )
+    graph = frontend.trace(loaded)
+    return graph, _facts(graph) | {"sha256": loaded.sha256}
+
+
+def save_trace(value: tuple[Graph, dict[str, Any]], folder: Path) -> None:
+    """Write graph and facts."""
+    from dfqc.compiler.frontend import save_graph
+
+    save_graph(value[0], folder)
+    save_json(value[1], folder / FACTS)
+
+
+def load_trace(folder: Path) -> Graph:
+    """Read the graph."""
+    from dfqc.compiler.frontend import load_graph
+
+    return load_graph(folder)
+
+
+def verify_trace(value: tuple[Graph, dict[str, Any]]) -> None:
+    """Check the graph against the canonical dialect."""
+    from dfqc.compiler.graph import verify
+
+    verify(value[0], "trace")
+
+
+def fold(context: Context) -> Graph:
+    """Fold the batch norms."""
+    from dfqc.compiler.passes.fold import fold as fold_graph
+
+    return fold_graph(context.value("trace"))
+
+
+def verify_fold(graph: Graph) -> None:
+    """Check the graph against the canonical dialect."""
+    from dfqc.compiler.graph import verify
+
+    verify(graph, "fold")
+
+
+def plan(context: Context) -> Plan:
+    """Decide what every layer and tensor gets."""
+    from dfqc.compiler.plan import make_plan
+
+    job: Job = context.settings
+    recipe = job.recipe
+    return make_plan(
+        context.value("fold"),
+        job.backend.TARGET,
+        recipe.asked_bits,
+        recipe.rules,
+        ends=recipe.ends_bits,
+    )
+
+
+def check_data(context: Context) -> dict[str, Any]:
+    """Open the data sets of the recipe before they are needed; labels must fit the model."""
+    from dfqc.compiler.dataset import check_labels, open_dataset
+
+    recipe, facts = context.settings.recipe, load_json(context.path("trace", FACTS))
+    image = image_spec(facts["image"])
+    found: dict[str, Any] = {}
+    if recipe.calib_data:
+        calib = open_dataset(Path(recipe.calib_data), image, need_labels=False)
+        found["calib"] = {"source": calib.source, "images": len(calib)}
+    if recipe.eval_data:
+        labelled = open_dataset(Path(recipe.eval_data), image)
+        check_labels(labelled, facts["classes"])
+        found["eval"] = {"source": labelled.source, "images": len(labelled)}
+    return found
+
+
+def save_data(value: Mapping[str, Any], folder: Path) -> None:
+    """Write what was found."""
+    save_json(dict(value), folder / DATA)
+
+
+def load_data(folder: Path) -> Any:
+    """Read it."""
+    return load_json(folder / DATA)
+
+
+def image_spec(facts: Mapping[str, Any]) -> ImageSpec:
+    """Rebuild the preprocessing from the facts of a trace."""
+    tuples = {name: tuple(facts[name]) for name in ("size", "mean", "std")}
+    return ImageSpec(**{**facts, **tuples})
+
+
+def quantize(context: Context) -> QuantState:
+    """Choose weights' codes and activations' grids."""
+    import torch
+
+    recipe = context.settings.recipe
+    plugin = plugins.load("quantizer", recipe.quantizer)
+    options = plugin_options(plugin, recipe.quantizer, recipe.effort, recipe.quantizer_option)
+    device = device_of(context)
+    state: QuantState = plugin.quantize(
+        context.value("fold"),
+        context.value("synthesize"),
+        context.value("plan"),
+        options,
+        rng=torch.Generator(device).manual_seed(context.seed()),
+        device=device,
+        progress=context.progress(),
+    )
+    return state
+
+
+def correct(context: Context) -> QuantState:
+    """Undo the mean error of every layer in its bias."""
+    from dfqc.compiler.passes import bias
+
+    return bias.correct(
+        context.value("fold"),
+        context.value("trace"),
+        context.value("quantize"),
+        context.value("synthesize"),
+        bias.Options.model_validate({"method": context.settings.recipe.bias_correction}),
+        device=device_of(context),
+        progress=context.progress(),
+    )
+
+
+def lower(context: Context) -> Engines:
+    """Write the model as the target wants it, and the float model it is compared with."""
+    from dfqc.compiler.sizes import ideal_bytes
+
+    job: Job = context.settings
+    graph, state = context.value("fold"), context.value("correct")
+    facts = load_json(context.path("trace", FACTS))
+    lowered = job.backend.lower(graph, state, metadata=_metadata(job, facts, state.plan))
+    float_model = job.backend.lower_float(graph)
+    sizes = {
+        "float_bytes": len(float_model),
+        "model_bytes": len(lowered.model),
+        "ideal_bytes": ideal_bytes(graph, state),
+    }
+    return Engines(lowered, float_model, sizes)
+
+
+def _metadata(job: Job, facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
+    """What the file says of itself: enough to trace it back, and to feed it rightly."""
+    image = facts["image"]
+    metadata = {
+        "dfqc.version": str(machine.version("dfqc")),
+        "dfqc.target": job.recipe.target,
+        "dfqc.bits": job.recipe.bits,
+        "dfqc.seed": str(job.recipe.seed),
+        "dfqc.recipe_sha256": job.recipe_digest(),
+        "dfqc.source_sha256": facts["sha256"],
+        "dfqc.input": "RGB / 255, resized, center-cropped, (x - mean) / std, NCHW float32",
+        "dfqc.input_size": "x".join(map(str, image["size"])),
+        "dfqc.resize": str(image["resize"] or ""),
+        "dfqc.mean": ",".join(map(str, image["mean"])),
+        "dfqc.std": ",".join(map(str, image["std"])),
+    }
+    if not plan.quantizers and any(layer.weight for layer in plan.layers.values()):
+        metadata["dfqc.weight_only"] = "true"
+    return metadata
+
+
+def _facts(graph: Graph) -> dict[str, Any]:
+    """What the plan, the estimate and the manifest say of a model."""
+    from dfqc.compiler.graph import (
+        blocks,
+        count_macs,
+        count_params,
+        has_batch_norm,
+        layer_nodes,
+        node_shapes,
+    )
+
+    result = next(n for n in graph.module.graph.nodes if n.op == "output").args[0]
+    shapes = node_shapes(graph)
+    return {
+        "params": count_params(graph),
+        "macs": count_macs(graph),
+        "blocks": len(blocks(graph)),
+        "layers": len({name for name, _ in layer_nodes(graph)}),
+        "activations": sum(math.prod(shape) for shape in shapes.values()),
+        "classes": shapes[result.name][-1] if len(shapes.get(result.name, ())) == 2 else None,
+        "batch_norm": has_batch_norm(graph),
+        "image": dataclasses.asdict(graph.image),
+    }
+
+
+def device_of(context: Context) -> torch.device:
+    """Return the device of the recipe; one that is not there is said at once (exit 8)."""
+    import torch
+
+    device = torch.device(context.settings.recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return device

@@ -1,0 +1,185 @@
+"""What each stage on the lowered model does: parity, fidelity and accuracy, latency.
+
+In: a context whose `lower` stage is done. Out: plain data for the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqc.compiler import machine
+from dfqc.compiler.driver import Context
+from dfqc.compiler.job import Job
+from dfqc.compiler.package import to_json
+from dfqc.compiler.stages import FACTS, image_spec
+from dfqc.compiler.storage import FLOAT_MODEL, MODEL, load_json, save_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from dfqc.compiler.contracts import Runner
+    from dfqc.compiler.verify_package import Golden
+
+PARITY, METRICS, LATENCY = "parity.json", "metrics.json", "latency.json"
+_GOLDEN_IMAGES = 16
+_LAYER_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the parity check, and what another machine needs to repeat it."""
+
+    report: Mapping[str, Any]
+    executed: Mapping[str, str]
+    golden: Golden
+
+
+def verify(context: Context) -> Verdict:
+    """Compare simulation and engine layer by layer, and ask the engine what it really runs."""
+    from dfqc.compiler.parity import check_parity
+
+    job: Job = context.settings
+    graph, state = context.value("fold"), context.value("correct")
+    lowered, images = context.value("lower").lowered, context.value("holdout").images
+    with _opened(context, MODEL) as runner:
+        report = check_parity(graph, state, lowered, runner, images, progress=context.progress())
+    executed = job.backend.executed(context.path("lower", MODEL), lowered.layers)
+    golden = _golden(graph, state, lowered, images[:_GOLDEN_IMAGES].numpy())
+    return Verdict(report.to_json(), executed, golden)
+
+
+def save_verdict(verdict: Verdict, folder: Path) -> None:
+    """Write the report and golden.npz."""
+    from dfqc.compiler.package import GOLDEN
+    from dfqc.compiler.verify_package import write_golden
+
+    save_json(dict(verdict.report) | {"executed": dict(verdict.executed)}, folder / PARITY)
+    write_golden(folder / GOLDEN, verdict.golden)
+
+
+def load_verdict(folder: Path) -> Any:
+    """Read the report."""
+    return load_json(folder / PARITY)
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    """Compare simulation and engine with the float model, on held-out and on labelled images."""
+    from dfqc.compiler.evaluate import compare
+    from dfqc.compiler.fidelity import layer_sqnr
+    from dfqc.compiler.simulate import TorchRunner, simulated
+
+    job: Job = context.settings
+    graph, state = context.value("fold"), context.value("correct")
+    held_out = context.value("holdout").images
+    simulation = simulated(graph, state)
+    runners: dict[str, Runner] = {
+        "float": TorchRunner(context.value("trace")),
+        "simulated": TorchRunner(simulation),
+    }
+    nodes = {name: layer.node for name, layer in state.plan.layers.items()}
+    result: dict[str, Any] = {
+        "layers": layer_sqnr(graph, simulation, nodes, held_out[:_LAYER_IMAGES]),
+        "images": len(held_out),
+    }
+    with contextlib.ExitStack() as stack:
+        if job.runtime is not None:
+            runners["engine"] = stack.enter_context(_opened(context, MODEL))
+        batches = [chunk.numpy() for chunk in held_out.split(32)]
+        for name in list(runners)[1:]:
+            found = compare(runners["float"], runners[name], batches)
+            result[name] = dataclasses.asdict(found)
+        if job.recipe.eval_data:
+            result["eval"] = _score(context, runners)
+    return result
+
+
+def _score(context: Context, runners: Mapping[str, Runner]) -> dict[str, Any]:
+    """Return top-1 of every runner, and how often they agree, on the user's images."""
+    from dfqc.compiler.dataset import open_dataset
+    from dfqc.compiler.evaluate import score
+
+    recipe, image = context.settings.recipe, context.value("trace").image
+    dataset = open_dataset(Path(recipe.eval_data), image)
+    scores = score(runners, dataset, progress=context.progress("evaluate"))
+    names = list(runners)
+    result: dict[str, Any] = {
+        "images": len(scores.labels),
+        "top1": {name: scores.top1(name).percent for name in names},
+        "agreement": {name: scores.agreement("float", name) for name in names[1:]},
+    }
+    if "engine" in runners:
+        result["drop_standard_error"] = scores.paired_error("float", "engine")
+        result["parity"] = scores.agreement("simulated", "engine")
+    return result
+
+
+def bench(context: Context) -> dict[str, Any]:
+    """Time the engine beside the float model, both by the same runtime."""
+    from dfqc.compiler.bench import random_images, sample, speedup, summarize
+
+    recipe, threads = context.settings.recipe, bench_threads(context.settings)
+    image = image_spec(load_json(context.path("trace", FACTS))["image"])
+    with contextlib.ExitStack() as stack:
+        runners = {
+            "float": stack.enter_context(_opened(context, FLOAT_MODEL, threads)),
+            "engine": stack.enter_context(_opened(context, MODEL, threads)),
+        }
+        samples = sample(runners, random_images(image, recipe.batch))
+    result: dict[str, Any] = {
+        name: dataclasses.asdict(summarize(times, batch=recipe.batch, threads=threads, warmup=10))
+        for name, times in samples.items()
+    }
+    return result | {"speedup": speedup(samples["float"], samples["engine"])}
+
+
+def save_metrics(metrics: Mapping[str, Any], folder: Path) -> None:
+    """Write what `evaluate` measured."""
+    # In strict JSON: an engine equal to float has no noise, and no SQNR in dB.
+    (folder / METRICS).write_text(to_json(metrics) + "\n")
+
+
+def load_metrics(folder: Path) -> Any:
+    """Read it."""
+    return load_json(folder / METRICS)
+
+
+def save_latency(latency: Mapping[str, Any], folder: Path) -> None:
+    """Write what `bench` measured."""
+    save_json(dict(latency), folder / LATENCY)
+
+
+def load_latency(folder: Path) -> Any:
+    """Read it."""
+    return load_json(folder / LATENCY)
+
+
+def bench_threads(job: Job) -> int:
+    """Return the threads of the latency measurement."""
+    return job.recipe.threads or machine.cpu_count()
+
+
+def _golden(graph: Any, state: Any, lowered: Any, inputs: np.ndarray) -> Golden:
+    from dfqc.compiler.simulate import TorchRunner, simulated
+    from dfqc.compiler.verify_package import CODE_IMAGES, Golden
+
+    reference = TorchRunner(simulated(graph, state))
+    names: Sequence[str] = list(lowered.taps)
+    codes = dict(reference.codes(inputs[:CODE_IMAGES], names))
+    del codes["output"]
+    return Golden(inputs, reference.infer(inputs), codes, lowered.taps, lowered.layers)
+
+
+@contextlib.contextmanager
+def _opened(context: Context, model: str, threads: int | None = None) -> Iterator[Runner]:
+    runner = context.settings.backend.open_runner(context.path("lower", model), threads=threads)
+    try:
+        yield runner
+    finally:
+        runner.close()

@@ -1,0 +1,98 @@
+"""Runs of the command line on tiny nets: arguments in, exit code and both streams out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import models
+
+ARCHITECTURES = Path(models.__file__)
+SIZE = (3, 16, 16)
+CLASSES = 10
+# Seconds rather than minutes, and enough to give every stage something to do.
+QUICK = ("--samples", "8", "--effort", "quick", "--threads", "1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a process left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on stdout; anything else there is a fault."""
+        return json.loads(self.out)
+
+    @property
+    def user_fault(self) -> str:
+        """The message of a fault that the user made; it bears no traceback."""
+        assert "Traceback" not in self.err
+        assert "internal error" not in self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("dfqc: ")]
+        assert lines, self.err
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with models, data, packages and a cache of its own."""
+
+    root: Path
+
+    @property
+    def cache(self) -> Path:
+        """The cache of every run here."""
+        return self.root / "cache"
+
+    def weights(self, name: str = "residual", seed: int = 0) -> tuple[str, ...]:
+        """Save a tiny net's weights; returns the arguments that name them."""
+        path = self.root / f"{name}-{seed}.pt"
+        if not path.exists():
+            torch.save(models.build(name, seed).state_dict(), path)
+        arch = f"{ARCHITECTURES}:{models.TINY[name].__name__}"
+        size = "x".join(map(str, SIZE))
+        return (str(path), "--arch", arch, "--input-size", size, "--mean", "0.5,0.4,0.3",
+                "--std", "0.2,0.25,0.3")  # fmt: skip
+
+    def images(self, count: int = 24, classes: int = CLASSES, seed: int = 0) -> Path:
+        """Write labelled random images."""
+        path = self.root / f"images-{count}-{classes}-{seed}.npz"
+        rng = np.random.default_rng(seed)
+        pixels = rng.integers(0, 256, (count, *SIZE[1:], 3), dtype=np.uint8)
+        np.savez(path, images=pixels, labels=rng.integers(0, classes, count))
+        return path
+
+    def command(self, *arguments: object) -> list[str]:
+        """Return the command line of a run in a process of its own."""
+        words = [str(a) for a in arguments]
+        if words[0] in ("build", "plan", "synth"):
+            words += ["--cache-dir", str(self.cache)]
+        return [sys.executable, "-m", "dfqc.compiler", *words]
+
+    def dfqc(self, *arguments: object) -> Run:
+        """Run in a process of its own."""
+        done = subprocess.run(
+            self.command(*arguments), cwd=self.root, capture_output=True, text=True
+        )
+        return Run(done.returncode, done.stdout, done.stderr)
+
+
+def run(capsys: Any, workspace: Workspace, *arguments: object) -> Run:
+    """Run in this process, which has torch already; the folder stays where it is."""
+    from dfqc.compiler.cli import main
+
+    capsys.readouterr()
+    code = main(workspace.command(*arguments)[3:])
+    streams = capsys.readouterr()
+    return Run(code, streams.out, streams.err)

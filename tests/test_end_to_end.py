@@ -1,0 +1,439 @@
+"""The main job on tiny nets: a state_dict in, a verified package out; resume, cache and gates."""
+
+import csv
+import hashlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+
+from command import QUICK, Workspace, run
+from dfqc.compiler.package import file_faults, open_package
+from dfqc.compiler.pipeline import STAGES
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A workspace whose cache the tests of this file share: each builds what it needs once."""
+    return Workspace(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path)
+
+
+def build(capsys, workspace, *arguments, net="residual", output="package", code=0):
+    """Build in this process and return the manifest that was printed."""
+    folder = workspace.root / output
+    done = run(
+        capsys, workspace, "build", *workspace.weights(net), *QUICK, *arguments,
+        "-o", folder, "--json",
+    )  # fmt: skip
+    assert done.code == code, done.err
+    return done.json
+
+
+def stored_stages(manifest):
+    return {stage["name"] for stage in manifest["stages"] if stage["cached"]}
+
+
+def test_the_manifest_has_every_field_that_others_read(shared, capsys):
+    manifest = build(capsys, shared, "--eval-data", shared.images(), "--seed", "3")
+    assert manifest["schema"] == 1
+    assert manifest["dfqc"]
+    weights = hashlib.sha256(Path(shared.weights()[0]).read_bytes()).hexdigest()
+    assert manifest["model"]["sha256"] == weights
+    assert manifest["model"]["source"].endswith("residual-0.pt")
+    assert manifest["model"]["params"] > 0 < manifest["model"]["macs"]
+    assert (manifest["target"], manifest["bits"], manifest["seed"]) == ("ort", "w8a8", 3)
+    assert manifest["recipe"]["samples"] == 8
+    metrics = manifest["metrics"]
+    assert metrics["top1"]["images"] == 24
+    for name in ("float", "simulated", "engine"):
+        assert 0 <= metrics["top1"][name] <= 100
+    assert 0 < metrics["agreement"]["simulated"] <= 100
+    assert 0 < metrics["agreement"]["engine"] <= 100
+    assert metrics["sqnr_db"] > 20
+    latency = metrics["latency_ms"]
+    assert latency["speedup"] == pytest.approx(latency["float"] / latency["engine"])
+    assert (latency["batch"], latency["threads"]) == (1, 1)
+    size = manifest["size"]
+    assert 0 < size["ideal_bytes"] < size["model_bytes"] < size["float_bytes"]
+    assert manifest["parity"]["argmax_agreement"] >= 99
+    assert manifest["parity"]["max_abs"] >= 0
+    assert manifest["parity"]["worst_layer"]
+    assert manifest["calib"]["method"] == "zeroq"
+    assert manifest["calib"]["images"] == 8
+    assert manifest["calib"]["score"] >= 0
+    assert {"name", "value", "limit", "passed"} == manifest["gates"][0].keys()
+    assert [s["name"] for s in manifest["stages"]] == [stage.name for stage in STAGES]
+    for stage in manifest["stages"]:
+        assert {"name", "key", "seconds", "cached", "peak_rss_bytes"} == stage.keys()
+        assert len(stage["key"]) == 64
+    assert [row["name"] for row in manifest["layers"]][:2] == ["conv1", "layer1.conv1"]
+    for row in manifest["layers"]:
+        assert (row["asked"], row["exported"]) == ("w8a8", "w8a8")
+        assert row["executed"] in ("QLinearConv", "QGemm")
+        assert row["sqnr_db"] > 10
+    assert manifest["environment"]["python"]
+    assert (manifest["status"], manifest["exit_code"]) == ("passed", 0)
+
+
+def test_the_package_holds_what_the_contract_lists(shared, capsys):
+    manifest = build(capsys, shared)
+    folder = shared.root / "package"
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert files >= {
+        "model.onnx", "manifest.json", "recipe.yaml", "report.html", "layers.csv",
+        "calib/contact_sheet.png", "calib/quality.json", "golden.npz", "SHA256SUMS",
+        "triton/residual-0/config.pbtxt", "triton/residual-0/1/model.onnx",
+    }  # fmt: skip
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert set(manifest["files"]) == files - {"manifest.json", "SHA256SUMS"}
+    assert file_faults(open_package(folder)) == []
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True)
+    assert checked.returncode == 0
+    rows = list(csv.DictReader((folder / "layers.csv").open()))
+    assert [row["name"] for row in rows] == [row["name"] for row in manifest["layers"]]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe == manifest["recipe"]
+    assert (folder / "calib" / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_says_what_it_is(shared, capsys):
+    manifest = build(capsys, shared)
+    model = onnx.load(shared.root / "package" / "model.onnx")
+    about = {p.key: p.value for p in model.metadata_props}
+    assert about["dfqc.version"] == manifest["dfqc"]
+    assert about["dfqc.recipe_sha256"] == manifest["recipe_sha256"]
+    assert about["dfqc.source_sha256"] == manifest["model"]["sha256"]
+    assert about["dfqc.input_size"] == "3x16x16"
+    assert about["dfqc.mean"] == "0.5,0.4,0.3"
+
+
+def test_a_second_identical_build_hits_every_stage_and_loads_no_torch(shared, capsys):
+    first = build(capsys, shared)
+    code = (
+        "import sys; from dfqc.compiler.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "sys.exit('torch was loaded' if 'torch' in sys.modules else code)"
+    )
+    command = shared.command(
+        "build", *shared.weights(), *QUICK, "-o", shared.root / "second", "--json"
+    )
+    done = subprocess.run(
+        [command[0], "-c", code, *command[3:]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    second = json.loads(done.stdout)
+    assert stored_stages(second) == {stage.name for stage in STAGES}
+    models = [shared.root / name / "model.onnx" for name in ("package", "second")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    assert first["metrics"] == second["metrics"]
+
+
+def test_two_cold_builds_with_one_seed_give_the_same_bytes(tmp_path, capsys):
+    digests = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        manifest = build(capsys, Workspace(tmp_path / name), "--bits", "w4a4")
+        assert stored_stages(manifest) <= {"fold"}
+        digests.append(manifest["files"]["model.onnx"]["sha256"])
+    assert digests[0] == digests[1]
+
+
+def test_a_recipe_makes_the_same_model_again(shared, capsys):
+    layer = ("--layer", "head.*=w8a8")
+    manifest = build(capsys, shared, "--bits", "w4a8", *layer, output="original")
+    recipe = shared.root / "original" / "recipe.yaml"
+    done = run(capsys, shared, "build", "--recipe", recipe, "-o", shared.root / "again", "--json")
+    assert done.code == 0, done.err
+    assert done.json["files"]["model.onnx"] == manifest["files"]["model.onnx"]
+
+
+def test_a_change_keeps_the_stages_it_does_not_touch(shared, capsys):
+    build(capsys, shared)
+    manifest = build(capsys, shared, "--bits", "w4a4", output="other")
+    assert stored_stages(manifest) >= {"trace", "data", "synthesize", "holdout"}
+    assert not stored_stages(manifest) & {"plan", "quantize", "correct", "lower"}
+    manifest = build(capsys, shared, "--bits", "w4a4", "--max-drop", "100", output="other")
+    assert stored_stages(manifest) == {stage.name for stage in STAGES}  # a gate costs nothing
+
+
+@pytest.mark.parametrize("net", ["plain", "depthwise", "concat", "pre_activation"])
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w4a16"])
+def test_structures_and_bits(shared, capsys, net, bits):
+    manifest = build(capsys, shared, "--bits", bits, net=net, output=f"{net}-{bits}")
+    assert manifest["status"] == "passed"
+    asked = {row["name"]: row["asked"] for row in manifest["layers"]}
+    first, *_, last = asked
+    for name, value in asked.items():
+        if bits == "w4a4":
+            assert value == ("w8a8" if name in (first, last) else "w4a4")
+    integer = [row for row in manifest["layers"] if not row["exported"].endswith(("a16", "a32"))]
+    assert all("float" not in row["executed"].lower() for row in integer)
+
+
+def test_without_batch_norms_noise_calibrates(shared, capsys):
+    manifest = build(capsys, shared, "--synth", "noise", net="no_norm", output="no_norm")
+    assert manifest["calib"]["score"] is None
+    assert manifest["status"] == "passed"
+
+
+def test_real_images_calibrate(shared, capsys):
+    data = shared.images(40)
+    manifest = build(capsys, shared, "--calib-data", data, output="real")
+    assert manifest["calib"]["method"] == "images"
+    other = build(capsys, shared, "--calib-data", shared.images(40, seed=1), output="real")
+    assert "synthesize" not in stored_stages(other)  # content, not names, is the key
+
+
+def test_ends_and_rules(shared, capsys):
+    arguments = ("--bits", "w4a4", "--ends", "same", "--layer", "layer1.*=w6a6",
+                 "--layer", "re:.*conv2=w3a8")  # fmt: skip
+    rows = {
+        row["name"]: row["asked"]
+        for row in build(capsys, shared, *arguments, output="rules")["layers"]
+    }
+    assert rows["conv1"] == rows["head.fc"] == rows["layer2.conv1"] == "w4a4"
+    assert rows["layer1.conv1"] == "w6a6"
+    assert rows["layer1.conv2"] == rows["layer2.conv2"] == "w3a8"  # the last match wins
+
+
+def failing_gate(capsys, shared, *arguments, code, name):
+    manifest = build(capsys, shared, *arguments, output="gated", code=code)
+    assert (manifest["status"], manifest["exit_code"]) == ("failed", code)
+    gate = next(g for g in manifest["gates"] if g["name"] == name)
+    assert gate["passed"] is False
+    written = json.loads((shared.root / "gated" / "manifest.json").read_text())
+    assert written == manifest
+    assert (shared.root / "gated" / "model.onnx").exists()
+    return gate
+
+
+def test_accuracy_gate(shared, capsys):
+    # Labels are what the float net says: whatever 2-bit weights get wrong is a drop.
+    data = labelled_by_float(shared)
+    arguments = ("--bits", "w2a8", "--ends", "same", "--eval-data", data, "--max-drop", "0")
+    gate = failing_gate(capsys, shared, *arguments, code=5, name="max_drop")
+    assert gate["value"] > gate["limit"] == 0
+
+
+def test_accuracy_gate_without_labels_is_named_otherwise(shared, capsys):
+    arguments = ("--bits", "w2a8", "--ends", "same", "--max-drop", "0")
+    gate = failing_gate(capsys, shared, *arguments, code=5, name="max_drop_agreement")
+    assert gate["value"] > 0
+
+
+def test_speed_gate(shared, capsys):
+    gate = failing_gate(capsys, shared, "--min-speedup", "1000", code=6, name="min_speedup")
+    assert gate["value"] < gate["limit"] == 1000
+
+
+def test_parity_gate(shared, capsys, monkeypatch):
+    # An engine that computes something else: every logit is turned around.
+    from dfqc.backends import ort
+
+    honest = ort.Runner.infer
+    monkeypatch.setattr(ort.Runner, "infer", lambda self, images: -honest(self, images))
+    arguments = ("--seed", "77", "--max-drop", "0", "--min-speedup", "1000")
+    failing_gate(capsys, shared, *arguments, code=7, name="parity")  # the gravest decides
+
+
+def test_a_missing_runtime_leaves_an_unverified_package(shared, capsys, monkeypatch):
+    from dfqc.backends import ort
+
+    monkeypatch.setattr(ort, "available", lambda: (False, "not installed here"))
+    manifest = build(capsys, shared, output="unverified", code=8)
+    assert manifest["parity"]["passed"] is None
+    assert manifest["metrics"]["latency_ms"]["engine"] is None
+    assert "not installed here" in manifest["notes"][0]
+    assert {s["name"] for s in manifest["stages"]}.isdisjoint({"verify", "bench"})
+
+
+def labelled_by_float(workspace):
+    import torch
+
+    import models
+
+    path = workspace.root / "float-labels.npz"
+    pixels = np.random.default_rng(5).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
+    mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.25, 0.3])
+    images = ((pixels / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        labels = models.build("residual")(torch.from_numpy(images)).argmax(1)
+    assert len(labels.unique()) > 1
+    np.savez(path, images=pixels, labels=labels.numpy())
+    return path
+
+
+def test_float_top1_is_the_models_own(shared, capsys):
+    manifest = build(capsys, shared, "--eval-data", labelled_by_float(shared), output="labelled")
+    assert manifest["metrics"]["top1"]["float"] == 100.0
+
+
+def test_a_corrupted_stage_is_found_and_made_again(workspace, capsys):
+    first = build(capsys, workspace)
+    records = workspace.cache.rglob("artifact.json")
+    entry = next(p for p in records if json.loads(p.read_text())["stage"] == "synthesize")
+    damaged = entry.parent / "calib.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    done = run(
+        capsys, workspace, "build", *workspace.weights(), *QUICK, "-o", workspace.root / "package",
+        "--json",
+    )  # fmt: skip
+    assert "is damaged (calib.safetensors" in done.err
+    assert "synthesize" not in stored_stages(done.json)
+    assert "quantize" in stored_stages(done.json)  # made again, it is the same
+    assert done.json["files"]["model.onnx"] == first["files"]["model.onnx"]
+
+
+SLOW = ("--samples", "12", "--synth-option", "batch_size=2", "--synth-option", "iterations=150",
+        "--effort", "quick", "--threads", "1")  # fmt: skip
+
+
+def parts(workspace):
+    found = []
+    for path in workspace.cache.glob("v1/objects/*/*/artifact.json"):
+        record = json.loads(path.read_text())
+        if record["stage"] == "synthesize.part":
+            found.append(record["key"])
+    return found
+
+
+def kill_after_parts(workspace, count, sig):
+    command = workspace.command(
+        "build", *workspace.weights(), *SLOW, "-o", workspace.root / "package", "--json"
+    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(parts(workspace)) < count and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(sig)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def resumed(workspace, capsys):
+    done = run(
+        capsys, workspace, "build", *workspace.weights(), *SLOW, "-o", workspace.root / "package",
+        "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return done.json
+
+
+def test_kill_minus_nine_loses_only_the_running_batch(tmp_path, capsys):
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    killed, whole = Workspace(tmp_path / "killed"), Workspace(tmp_path / "whole")
+    code, _, _ = kill_after_parts(killed, 2, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not (killed.root / "package").exists()
+    before = parts(killed)
+    assert 2 <= len(before) < 6
+    manifest = resumed(killed, capsys)
+    assert stored_stages(manifest) >= {"trace", "plan", "data"}
+    assert set(before) < set(parts(killed))
+    assert len(parts(killed)) == 6
+    assert manifest["files"]["model.onnx"] == resumed(whole, capsys)["files"]["model.onnx"]
+
+
+def test_an_interrupt_exits_with_130_and_resumes(workspace, capsys):
+    code, out, err = kill_after_parts(workspace, 1, signal.SIGINT)
+    assert code == 130, err
+    assert "interrupted in stage synthesize" in json.loads(out)["error"]
+    assert "run the same command again" in err
+    assert "Traceback" not in err
+    assert len(parts(workspace)) < 6
+    resumed(workspace, capsys)
+
+
+def test_a_spent_budget_exits_with_8_and_resumes(workspace, capsys):
+    done = run(
+        capsys, workspace, "build", *workspace.weights(), *SLOW, "--budget", "0.001",
+        "-o", workspace.root / "package", "--json",
+    )  # fmt: skip
+    assert done.code == 8
+    assert "the budget of 0.0 s is used up" in done.json["error"]
+    assert resumed(workspace, capsys)["status"] == "passed"
+
+
+def test_plan_does_no_work_and_says_what_would_be_done(workspace, capsys):
+    done = run(
+        capsys, workspace, "plan", *workspace.weights(), *QUICK, "--bits", "w4a4", "--explain",
+        "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    plan = done.json
+    assert plan["layers"][0]["name"] == "conv1"
+    assert plan["seconds"] > 0 < plan["peak_bytes"]
+    assert {row["stage"] for row in plan["estimate"]} >= {"synthesize", "quantize", "bench"}
+    status = {row["name"]: row["status"] for row in plan["stages"]}
+    assert status["plan"] == "hit"
+    assert status["synthesize"] == "miss"
+    stages = {json.loads(p.read_text())["stage"] for p in workspace.cache.rglob("artifact.json")}
+    assert stages == {"trace", "plan", "data"}
+    text = run(
+        capsys, workspace, "plan", *workspace.weights(), *QUICK, "--bits", "w4a4", "--explain"
+    ).out
+    assert "layer1.conv1" in text
+    assert "estimate:" in text
+    assert "never made for this model" in text
+
+
+def test_explain_names_the_field_that_differs(shared, capsys):
+    build(capsys, shared)
+    given = ("plan", *shared.weights(), *QUICK, "--explain", "--json")
+    rows = {r["name"]: r for r in run(capsys, shared, *given, "--samples", "9").json["stages"]}
+    assert rows["trace"]["status"] == "hit"
+    assert rows["synthesize"]["reasons"] == ["options.samples: 8 -> 9"]
+    assert rows["quantize"]["status"] == "waits"
+    rows = {r["name"]: r for r in run(capsys, shared, *given).json["stages"]}
+    assert {row["status"] for row in rows.values()} == {"hit", "derived"}
+
+
+def test_synth_writes_images_that_calibrate(shared, capsys):
+    for suffix in ("npz", "safetensors"):
+        file = shared.root / f"images.{suffix}"
+        done = run(capsys, shared, "synth", *shared.weights(), *QUICK, "-o", file, "--json")
+        assert done.code == 0, done.err
+        assert done.json["images"] == 8
+        assert file.stat().st_size > 0
+    with np.load(shared.root / "images.npz") as content:
+        assert content["images"].shape == (8, 16, 16, 3)
+        assert content["images"].dtype == np.uint8
+    data = ("--calib-data", shared.root / "images.npz")
+    assert build(capsys, shared, *data, output="from-synth")["calib"]["images"] == 8
+
+
+def test_an_earlier_package_is_replaced(shared, capsys):
+    for bits in ("w8a8", "w4a4"):
+        manifest = build(capsys, shared, "--bits", bits, output="replaced")
+        assert open_package(shared.root / "replaced").manifest["bits"] == manifest["bits"] == bits
+
+
+def test_verify_eval_bench_and_inspect_read_what_build_wrote(shared, capsys):
+    build(capsys, shared)
+    folder = shared.root / "package"
+    verified = run(capsys, shared, "verify", folder, "--json")
+    assert verified.code == 0, verified.err
+    assert verified.json["failures"] == []
+    scored = run(capsys, shared, "eval", folder, "--data", shared.images(), "--json")
+    assert scored.json["top1"]["engine"]["images"] == 24
+    timed = run(capsys, shared, "bench", folder, "--runs", "5", "--threads", "1", "--json")
+    assert timed.code == 0, timed.err
+    inspected = run(capsys, shared, "inspect", folder, "--json")
+    assert inspected.json["bits"] == "w8a8"
+    (folder / "layers.csv").write_text("other")
+    assert run(capsys, shared, "verify", folder, "--json").code == 3

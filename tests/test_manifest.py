@@ -1,0 +1,85 @@
+from types import SimpleNamespace
+
+import pytest
+
+from dfqc.compiler.manifest import check_gates, exit_code, verdict
+
+
+def job(runtime="1.0", max_drop=None, min_speedup=None):
+    return SimpleNamespace(
+        runtime=runtime, recipe=SimpleNamespace(max_drop=max_drop, min_speedup=min_speedup)
+    )
+
+
+def metrics(engine=90.0, images=100, agreement=97.0, speedup=2.0):
+    return {
+        "top1": {"float": 91.0, "simulated": 90.5, "engine": engine, "images": images},
+        "agreement": {"simulated": 98.0, "engine": agreement},
+        "latency_ms": {"speedup": speedup},
+    }
+
+
+def parity(passed=True, on_images=None):
+    return {
+        "argmax_agreement": 100.0 if passed else 60.0,
+        "passed": passed,
+        "eval_agreement": on_images,
+        "tolerance": {"argmax_agreement": 99.0},
+    }
+
+
+def outcome(job, metrics, parity):
+    gates = check_gates(job, metrics, parity)
+    return {gate["name"]: gate["passed"] for gate in gates}, exit_code(job, gates)
+
+
+def test_parity_is_always_a_gate():
+    assert outcome(job(), metrics(), parity()) == ({"parity": True}, 0)
+    assert outcome(job(), metrics(), parity(passed=False)) == ({"parity": False}, 7)
+
+
+@pytest.mark.parametrize(("agreement", "code"), [(99.9, 0), (98.9, 7)])
+def test_parity_on_the_users_images_counts_too(agreement, code):
+    _, found = outcome(job(), metrics(), parity(on_images=agreement))
+    assert found == code
+
+
+@pytest.mark.parametrize(("limit", "code"), [(1.0, 0), (0.9, 5)])
+def test_the_drop_is_the_engines_in_points_of_top1(limit, code):
+    gates, found = outcome(job(max_drop=limit), metrics(), parity())
+    assert (gates["max_drop"], found) == (code == 0, code)
+
+
+@pytest.mark.parametrize(("limit", "code"), [(3.0, 0), (2.9, 5)])
+def test_without_labels_the_drop_is_lost_agreement_and_says_so(limit, code):
+    gates, found = outcome(job(max_drop=limit), metrics(images=0), parity())
+    assert (gates["max_drop_agreement"], found) == (code == 0, code)
+
+
+@pytest.mark.parametrize(("limit", "code"), [(2.0, 0), (2.1, 6)])
+def test_speed(limit, code):
+    gates, found = outcome(job(min_speedup=limit), metrics(), parity())
+    assert (gates["min_speedup"], found) == (code == 0, code)
+
+
+def test_the_gravest_fault_decides():
+    everything = job(max_drop=0.0, min_speedup=100.0)
+    assert outcome(everything, metrics(), parity(passed=False))[1] == 7
+    assert outcome(everything, metrics(), parity())[1] == 5
+
+
+def test_without_a_runtime_nothing_is_verified():
+    missing = job(runtime=None, min_speedup=1.0, max_drop=1.0)
+    unknown = metrics(engine=None, agreement=None, speedup=None)
+    gates, code = outcome(missing, unknown, {})
+    assert gates == {"max_drop": True, "min_speedup": False}  # the drop is the simulation's
+    assert code == 6
+    assert outcome(job(runtime=None), unknown, {}) == ({}, 8)
+
+
+def test_a_verdict_names_value_and_limit():
+    gates = check_gates(job(min_speedup=3.0), metrics(speedup=None), parity())
+    manifest = {"gates": gates, "exit_code": 6, "notes": ["other"]}
+    assert verdict(manifest) == "gate min_speedup failed: not measured, limit 3"
+    assert verdict({"gates": [], "exit_code": 8, "notes": ["no runtime"]}) == "no runtime"
+    assert verdict({"gates": [], "exit_code": 0, "notes": []}) == ""
