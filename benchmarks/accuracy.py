@@ -22,6 +22,12 @@ from _nets import Net, list_nets
 BITS = ("w8a8", "w4a8", "w4a4")
 SOURCES = ("zeroq", "noise", "real")
 REAL_IMAGES = 256
+LEGEND = (
+    "Top-1 in percent on real images, by the engine. `s` is the wall clock of the whole command; "
+    "stages shared with an earlier row come from the cache (the stage table lists what was "
+    "computed). Speed-up: median latency float / compressed on the same engine, interleaved, batch "
+    "and threads as in the JSON file."
+)
 STAGES = ("trace", "synthesize", "quantize", "correct", "lower", "verify", "evaluate", "bench")
 
 
@@ -135,10 +141,7 @@ def render(rows: list[dict[str, Any]], command: str) -> str:
         "",
         f"Environment: `{json.dumps(env, sort_keys=True)}`",
         "",
-        "Top-1 in percent on real images, by the engine. `s` is the wall clock of the whole"
-        " command; stages shared with an earlier row come from the cache (the stage table lists"
-        " what was computed). Speed-up: median latency float / compressed on the same engine,"
-        " interleaved, batch and threads as in the JSON file.",
+        LEGEND,
         "",
         "| " + " | ".join(name for name, _ in COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),

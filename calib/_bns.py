@@ -70,6 +70,13 @@ class BNTeacher:
         return Capture([Moments(*pair) for pair in found], logits)
 
 
+def moments(x: Tensor, *, per_image: bool = False) -> Moments:
+    """Return the moments of `x` around 0: for values that are about standardized, as images are."""
+    dims = (*range(2, x.dim()),) if per_image else (0, *range(2, x.dim()))
+    mean = x.mean(dims)
+    return Moments(mean, (x.square().mean(dims) - mean.square()).clamp_min(0))
+
+
 def std_loss(
     found: Sequence[Moments], stored: Sequence[Moments], weights: Sequence[Tensor] | None = None
 ) -> Tensor:

@@ -9,9 +9,9 @@ and activations near the output then stay far below those of real images.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,19 +38,19 @@ _LOSSES: Mapping[str, _bns.Loss] = {
     "std": _bns.std_loss,
     "kl": _bns.kl_loss,
 }
-_MIN_GAIN = 0.01  # a loss that is not this much below the lowest so far has not fallen
-_MIN_LR = 1e-4
+_PLATEAU, _LOWEST_LR = 100, 1e-4  # published
+_GAIN = 0.01  # a loss has fallen if it is this much below the lowest one before
 
 
 class Options(BaseModel):
-    """How the images are optimized; steps are in standardized pixels (see `_pixels`).
+    """How the images are optimized; step sizes are in standardized pixels (see `_pixels`).
 
-    `statistic`: the moments to match are those of the batch, or of each image by itself.
-    `schedule`: `anneal` keeps `lr` for the first `hold` of the iterations, then lowers it to 0;
-    `plateau` divides it by 10 when the loss has not fallen for 100 iterations.
-    `patience`: once the loss has not fallen by 1 % for that many iterations, `anneal` goes on to
-    lowering `lr`, over as many iterations as that takes anyway, and `plateau` stops when `lr` is
-    as low as it gets. 0: all iterations are done.
+    `statistic`: match the moments of the batch, or of every image by itself.
+    `schedule`: `anneal` holds `lr` for half of the iterations and lowers it linearly to 0 in the
+    other half; `plateau` divides it by 10 whenever the loss has not fallen for 100 iterations.
+    `patience`: stop early when the loss is flat, that is, has not fallen by 1 % for that many
+    iterations; 0 means never. `anneal` then lowers `lr` at once instead of at half time, and ends
+    with that; `plateau` ends when `lr` is as low as it gets.
     `clip`: keep every pixel in the range of real ones.
     """
 
@@ -60,9 +60,126 @@ class Options(BaseModel):
     batch_size: int = Field(64, ge=1)
     lr: float = Field(0.2, gt=0)
     schedule: Literal["anneal", "plateau"] = "anneal"
-    hold: float = Field(0.5, ge=0, lt=1)
     patience: int = Field(50, ge=0)
     statistic: Literal["batch", "per_image"] = "batch"
     loss: Literal["relative", "std", "kl"] = "relative"
     init: Literal["pink", "gaussian"] = "pink"
     clip: bool = False
+
+
+def synthesize(
+    graph: Graph,
+    count: int,
+    options: Options,
+    *,
+    rng: torch.Generator,
+    device: torch.device,
+    progress: Progress = silent,
+) -> CalibSet:
+    """Return one batch of `count` images; on a CPU, equal seeds give equal images.
+
+    Raises:
+        UnsupportedError: the graph has no batch norm with running statistics.
+    """
+    teacher = _bns.BNTeacher(graph, device, per_image=options.statistic == "per_image")
+    pixels = pixel_map(graph.image, device)
+    z = draw(options.init, count, graph.image.size, rng).to(device)
+    z = z.contiguous(memory_format=torch.channels_last)
+    losses = _optimize(z, teacher, pixels, options, progress)
+    images = pixels.to_normalized(z).contiguous()
+    distances = _bns.bn_distance(graph, images, device=device)
+    info = {
+        "first_loss": losses[0],
+        "loss": losses[-1],
+        "iterations": len(losses),
+        "bn_distance": sum(distances.values()) / len(distances),
+    }
+    return CalibSet(images.cpu(), None, "zeroq", info)
+
+
+def _optimize(
+    z: Tensor, teacher: _bns.BNTeacher, pixels: PixelMap, options: Options, progress: Progress
+) -> list[float]:
+    """Optimize `z` in place; return the loss before every step."""
+    per_image = options.statistic == "per_image"
+    loss_of = _LOSSES[options.loss]
+    stored = [_standard(z), *teacher.stored]
+    leaf = z.detach().requires_grad_()  # shares the memory of z
+    optimizer = torch.optim.Adam([leaf], lr=options.lr)
+    schedule = (_Anneal if options.schedule == "anneal" else _Plateau)(optimizer, options)
+    losses: list[float] = []
+    finished = False
+    while not finished:
+        found = [_bns.moments(leaf, per_image=per_image)]
+        found += teacher(pixels.to_normalized(leaf)).moments
+        loss = loss_of(found, stored)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if options.clip:
+            z.clamp_(Z_LOW, Z_HIGH)
+        losses.append(loss.item())
+        finished = schedule.step(losses[-1])
+        done = options.iterations if finished else len(losses)
+        progress(done, options.iterations, f"loss {losses[-1]:.3g}")
+    return losses
+
+
+def _standard(z: Tensor) -> _bns.Moments:
+    """Return what the images' own moments are pulled to: those of z by its definition."""
+    return _bns.Moments(z.new_zeros(z.shape[1]), z.new_ones(z.shape[1]))
+
+
+class _Flatness:
+    """Tells whether a loss has stopped falling."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.lowest = math.inf
+        self.since = 0  # iterations
+
+    def after(self, loss: float) -> bool:
+        """Take the next loss; report whether it is flat now."""
+        self.since += 1
+        if loss < (1 - _GAIN) * self.lowest:
+            self.lowest, self.since = loss, 0
+        return 0 < self.patience <= self.since
+
+
+class _Anneal:
+    """Hold the learning rate, then lower it linearly to 0; see `Options`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
+        self.optimizer, self.lr = optimizer, options.lr
+        self.flatness = _Flatness(options.patience)
+        self.length = options.iterations // 2
+        self.turn = options.iterations - self.length
+        self.done = 0
+
+    def step(self, loss: float) -> bool:
+        """Set the rate of the next iteration; report whether there is none."""
+        self.done += 1
+        if self.flatness.after(loss):
+            self.turn = min(self.turn, self.done)
+        falling = self.done - self.turn
+        if falling >= 0:
+            self.optimizer.param_groups[0]["lr"] = self.lr * (1 - (falling + 1) / (self.length + 1))
+        return falling >= self.length
+
+
+class _Plateau:
+    """Lower the learning rate tenfold when the loss is flat, as published; see `Options`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=_PLATEAU, min_lr=_LOWEST_LR
+        )
+        self.flatness = _Flatness(options.patience)
+        self.left = options.iterations
+
+    def step(self, loss: float) -> bool:
+        """Set the rate of the next iteration; report whether there is none."""
+        self.left -= 1
+        self.schedule.step(loss)
+        lowest = bool(self.schedule.get_last_lr()[0] <= _LOWEST_LR)
+        return (self.flatness.after(loss) and lowest) or self.left == 0

@@ -28,7 +28,7 @@ def package_contents(build: Build, manifest: Mapping[str, Any]) -> dict[str, Pat
     sheet = build.file("synthesize", SHEET)
     contents: dict[str, Path | bytes] = {
         MODEL: model,
-        FLOAT_MODEL: build.file("lower", FLOAT_MODEL),
+        FLOAT_MODEL: build.file("float", FLOAT_MODEL),
         "recipe.yaml": _recipe_yaml(manifest["recipe"]),
         "report.html": report_html(manifest, sheet.read_bytes()).encode(),
         "layers.csv": layers_csv(manifest).encode(),

@@ -1,7 +1,6 @@
 """How long a build will take and how much memory it needs: recipe and model facts in, rows out.
 
-One forward pass of the traced model is timed here and scaled; good to about a factor of two. Where
-the store remembers how long a stage of this model took, that is scaled instead.
+One forward pass of the traced model is timed here and scaled: good to about a factor of two.
 """
 
 from __future__ import annotations
@@ -34,7 +33,12 @@ class Estimate:
 
 
 def estimate(
-    job: Job, graph: Graph, facts: Mapping[str, Any], data: Mapping[str, Any]
+    job: Job,
+    graph: Graph,
+    facts: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    seconds_per_image: float | None = None,
 ) -> list[Estimate]:
     """Return the stages that cost more than a moment, in order.
 
@@ -43,8 +47,10 @@ def estimate(
         graph: the traced model.
         facts: what the trace stage says of it.
         data: what the data stage found.
+        seconds_per_image: of a forward pass; measured here if it is not given.
     """
-    recipe, image = job.recipe, _seconds_per_image(graph)
+    recipe = job.recipe
+    image = _seconds_per_image(graph) if seconds_per_image is None else seconds_per_image
     options = _options(job)
     size = min(getattr(options, "batch_size", recipe.samples), recipe.samples)
     passes = _passes(options, recipe.synth)
@@ -57,6 +63,7 @@ def estimate(
         Estimate("holdout", HELD_OUT * passes * image / 2, size * activations * 2),
         Estimate("quantize", 3 * recipe.samples * image, size * activations + pixels),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
+        Estimate("float", 2.0 + weights / 50e6, 6 * weights),
         Estimate("lower", 2.0 + weights / 50e6, 6 * weights),
         Estimate("verify", 4 * HELD_OUT * image, 32 * activations),
         Estimate("evaluate", 4 * (HELD_OUT + labelled) * image, 64 * activations),
@@ -79,6 +86,7 @@ def _passes(options: Any, name: str) -> float:
 
 
 def _seconds_per_image(graph: Graph) -> float:
+    """Time a forward pass of a small batch; the best of three is the least disturbed."""
     import torch
 
     images = torch.zeros(_PROBE_IMAGES, *graph.image.size)

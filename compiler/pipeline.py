@@ -175,12 +175,23 @@ STAGES: tuple[Stage, ...] = (
         environment=_compute,
         code=_modules("passes.bias"),
     ),
+    # The control of every comparison. Independent of the plan: one serves all bits of a model.
+    Stage(
+        "float",
+        ("fold",),
+        stages.export_float,
+        storage.save_float,
+        storage.load_float,
+        options=_pick("target"),
+        environment=_versions(*_EXPORTERS),
+        code=_backend(),
+    ),
     Stage(
         "lower",
-        ("trace", "fold", "correct"),
+        ("trace", "fold", "float", "correct"),
         stages.lower,
-        storage.save_engines,
-        storage.load_engines,
+        storage.save_lowered,
+        storage.load_lowered,
         options=_lower_options,
         environment=_versions(*_EXPORTERS),
         code=_backend("sizes"),
@@ -209,7 +220,7 @@ STAGES: tuple[Stage, ...] = (
     # Last, when nothing else runs: the one figure that other work would spoil.
     Stage(
         "bench",
-        ("trace", "lower"),
+        ("trace", "float", "lower"),
         stages_engine.bench,
         stages_engine.save_latency,
         stages_engine.load_latency,

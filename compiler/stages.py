@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import machine, plugins
-from dfqc.compiler.contracts import ImageSpec, QuantState
+from dfqc.compiler.contracts import ImageSpec, Lowered, QuantState
 from dfqc.compiler.driver import Context
 from dfqc.compiler.errors import EnvironmentFault
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.spec import Plan
-from dfqc.compiler.storage import Engines, load_json, save_json
+from dfqc.compiler.storage import FLOAT_MODEL, load_json, save_json
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def trace(context: Context) -> tuple[Graph, dict[str, Any]]:
         seed=recipe.seed,
     )
     graph = frontend.trace(loaded)
-    return graph, _facts(graph) | {"sha256": loaded.sha256}
+    return graph, model_facts(graph) | {"sha256": loaded.sha256}
 
 
 def save_trace(value: tuple[Graph, dict[str, Any]], folder: Path) -> None:
@@ -169,21 +169,27 @@ def correct(context: Context) -> QuantState:
     )
 
 
-def lower(context: Context) -> Engines:
-    """Write the model as the target wants it, and the float model it is compared with."""
+def export_float(context: Context) -> bytes:
+    """Write the float model that the engine is compared with."""
+    job: Job = context.settings
+    model: bytes = job.backend.lower_float(context.value("fold"))
+    return model
+
+
+def lower(context: Context) -> tuple[Lowered, dict[str, int]]:
+    """Write the model as the target wants it; beside it, the sizes of the models."""
     from dfqc.compiler.sizes import ideal_bytes
 
     job: Job = context.settings
     graph, state = context.value("fold"), context.value("correct")
     facts = load_json(context.path("trace", FACTS))
-    lowered = job.backend.lower(graph, state, metadata=_metadata(job, facts, state.plan))
-    float_model = job.backend.lower_float(graph)
+    lowered: Lowered = job.backend.lower(graph, state, metadata=_metadata(job, facts, state.plan))
     sizes = {
-        "float_bytes": len(float_model),
+        "float_bytes": context.path("float", FLOAT_MODEL).stat().st_size,
         "model_bytes": len(lowered.model),
         "ideal_bytes": ideal_bytes(graph, state),
     }
-    return Engines(lowered, float_model, sizes)
+    return lowered, sizes
 
 
 def _metadata(job: Job, facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
@@ -207,7 +213,7 @@ def _metadata(job: Job, facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
     return metadata
 
 
-def _facts(graph: Graph) -> dict[str, Any]:
+def model_facts(graph: Graph) -> dict[str, Any]:
     """What the plan, the estimate and the manifest say of a model."""
     from dfqc.compiler.graph import (
         blocks,

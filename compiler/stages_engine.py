@@ -47,8 +47,8 @@ def verify(context: Context) -> Verdict:
 
     job: Job = context.settings
     graph, state = context.value("fold"), context.value("correct")
-    lowered, images = context.value("lower").lowered, context.value("holdout").images
-    with _opened(context, MODEL) as runner:
+    lowered, images = context.value("lower"), context.value("holdout").images
+    with _opened(context.settings, context.path("lower", MODEL)) as runner:
         report = check_parity(graph, state, lowered, runner, images, progress=context.progress())
     executed = job.backend.executed(context.path("lower", MODEL), lowered.layers)
     golden = _golden(graph, state, lowered, images[:_GOLDEN_IMAGES].numpy())
@@ -90,7 +90,9 @@ def evaluate(context: Context) -> dict[str, Any]:
     }
     with contextlib.ExitStack() as stack:
         if job.runtime is not None:
-            runners["engine"] = stack.enter_context(_opened(context, MODEL))
+            runners["engine"] = stack.enter_context(
+                _opened(context.settings, context.path("lower", MODEL))
+            )
         batches = [chunk.numpy() for chunk in held_out.split(32)]
         for name in list(runners)[1:]:
             found = compare(runners["float"], runners[name], batches)
@@ -125,11 +127,12 @@ def bench(context: Context) -> dict[str, Any]:
     from dfqc.compiler.bench import random_images, sample, speedup, summarize
 
     recipe, threads = context.settings.recipe, bench_threads(context.settings)
+    models = {"float": context.path("float", FLOAT_MODEL), "engine": context.path("lower", MODEL)}
     image = image_spec(load_json(context.path("trace", FACTS))["image"])
     with contextlib.ExitStack() as stack:
         runners = {
-            "float": stack.enter_context(_opened(context, FLOAT_MODEL, threads)),
-            "engine": stack.enter_context(_opened(context, MODEL, threads)),
+            name: stack.enter_context(_opened(context.settings, path, threads))
+            for name, path in models.items()
         }
         samples = sample(runners, random_images(image, recipe.batch))
     result: dict[str, Any] = {
@@ -177,8 +180,8 @@ def _golden(graph: Any, state: Any, lowered: Any, inputs: np.ndarray) -> Golden:
 
 
 @contextlib.contextmanager
-def _opened(context: Context, model: str, threads: int | None = None) -> Iterator[Runner]:
-    runner = context.settings.backend.open_runner(context.path("lower", model), threads=threads)
+def _opened(job: Job, model: Path, threads: int | None = None) -> Iterator[Runner]:
+    runner = job.backend.open_runner(model, threads=threads)
     try:
         yield runner
     finally:

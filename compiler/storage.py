@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,26 +94,25 @@ def load_state(folder: Path) -> QuantState:
     return QuantState(plan, weights, biases, acts, about["info"])
 
 
-@dataclass(frozen=True)
-class Engines:
-    """The lowered model beside the float model it is compared with, and their sizes in bytes."""
-
-    lowered: Lowered
-    float_model: bytes
-    sizes: Mapping[str, int]
-
-
-def save_engines(engines: Engines, folder: Path) -> None:
-    """Write both models and the name map."""
-    lowered = engines.lowered
+def save_lowered(value: tuple[Lowered, Mapping[str, int]], folder: Path) -> None:
+    """Write a lowered model with its name map, and the sizes of the models in bytes."""
+    lowered, sizes = value
     (folder / MODEL).write_bytes(lowered.model)
-    (folder / FLOAT_MODEL).write_bytes(engines.float_model)
     names = {"taps": dict(lowered.taps), "layers": dict(lowered.layers)}
-    save_json(names | {"sizes": dict(engines.sizes)}, folder / NAMES)
+    save_json(names | {"sizes": dict(sizes)}, folder / NAMES)
 
 
-def load_engines(folder: Path) -> Engines:
-    """Read what `save_engines` wrote."""
+def load_lowered(folder: Path) -> Lowered:
+    """Read the lowered model."""
     names = load_json(folder / NAMES)
-    lowered = Lowered((folder / MODEL).read_bytes(), names["taps"], names["layers"])
-    return Engines(lowered, (folder / FLOAT_MODEL).read_bytes(), names["sizes"])
+    return Lowered((folder / MODEL).read_bytes(), names["taps"], names["layers"])
+
+
+def save_float(model: bytes, folder: Path) -> None:
+    """Write the float model."""
+    (folder / FLOAT_MODEL).write_bytes(model)
+
+
+def load_float(folder: Path) -> bytes:
+    """Read the float model."""
+    return (folder / FLOAT_MODEL).read_bytes()

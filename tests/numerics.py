@@ -33,9 +33,7 @@ def clip_errors(values, weights, low, high, scheme, ratios=100, norm=2.4):
     errors = []
     for step in range(1, ratios + 1):
         scale, zero_point = qparams(low * step / ratios, high * step / ratios, scheme)
-        codes = np.clip(
-            np.rint(values / scale) + zero_point, *grid(scheme.bits, scheme.signed)
-        )
+        codes = np.clip(np.rint(values / scale) + zero_point, *grid(scheme.bits, scheme.signed))
         error = np.abs((codes - zero_point) * scale - values) ** norm
         errors.append((error * weights).sum() / weights.sum())
     return np.array(errors)
@@ -54,10 +52,8 @@ def qparams(low, high, scheme):
 
 def convolve(x, weight, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
     """Convolve integers (n, c, h, w) with (out, c / groups, kh, kw) in int64, zero padding."""
-    x = np.pad(
-        x.astype(np.int64), ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2)
-    )
-    n, channels, height, width = x.shape
+    x = np.pad(x.astype(np.int64), ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
+    n, _, height, width = x.shape
     out, per_group, kh, kw = weight.shape
     rows = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     columns = (width - dilation[1] * (kw - 1) - 1) // stride[1] + 1

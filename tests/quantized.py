@@ -20,6 +20,7 @@ from dfqc.compiler.quantize import rtn
 from dfqc.compiler.spec import Plan, TargetSpec, parse_bits, parse_rule
 
 CPU = torch.device("cpu")
+torch.set_num_threads(1)  # on networks this small, threads cost more than they give
 
 # Every property differs from the `ort` target's.
 INPUTS = TargetSpec(

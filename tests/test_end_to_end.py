@@ -161,24 +161,31 @@ def test_a_recipe_makes_the_same_model_again(shared, capsys):
 def test_a_change_keeps_the_stages_it_does_not_touch(shared, capsys):
     build(capsys, shared)
     manifest = build(capsys, shared, "--bits", "w4a4", output="other")
-    assert stored_stages(manifest) >= {"trace", "data", "synthesize", "holdout"}
+    assert stored_stages(manifest) >= {"trace", "data", "synthesize", "holdout", "float"}
     assert not stored_stages(manifest) & {"plan", "quantize", "correct", "lower"}
     manifest = build(capsys, shared, "--bits", "w4a4", "--max-drop", "100", output="other")
     assert stored_stages(manifest) == {stage.name for stage in STAGES}  # a gate costs nothing
 
 
-@pytest.mark.parametrize("net", ["plain", "depthwise", "concat", "pre_activation"])
-@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w4a16"])
+@pytest.mark.parametrize(
+    ("net", "bits"),
+    [
+        ("plain", "w4a4"),
+        ("depthwise", "w4a4"),
+        ("concat", "w4a8"),
+        ("pre_activation", "w8a8"),
+        ("residual", "w4a16"),
+    ],
+)
 def test_structures_and_bits(shared, capsys, net, bits):
     manifest = build(capsys, shared, "--bits", bits, net=net, output=f"{net}-{bits}")
     assert manifest["status"] == "passed"
-    asked = {row["name"]: row["asked"] for row in manifest["layers"]}
-    first, *_, last = asked
-    for name, value in asked.items():
-        if bits == "w4a4":
-            assert value == ("w8a8" if name in (first, last) else "w4a4")
-    integer = [row for row in manifest["layers"] if not row["exported"].endswith(("a16", "a32"))]
-    assert all("float" not in row["executed"].lower() for row in integer)
+    layers = manifest["layers"]
+    ends = "w8a16" if bits == "w4a16" else "w8a8"
+    for row in layers:
+        assert row["asked"] == (ends if row in (layers[0], layers[-1]) else bits)
+        in_float = row["exported"].endswith(("a16", "a32"))
+        assert in_float == ("float" in row["executed"].lower())
 
 
 def test_without_batch_norms_noise_calibrates(shared, capsys):

@@ -21,7 +21,6 @@ class Family:
     size: int = 64
     left: int = 0
     options: dict = field(default_factory=dict)
-    slow: bool = False
 
 
 FAMILIES = [
@@ -65,26 +64,22 @@ FAMILIES = [
     Family("deit_tiny_patch16_224", 224),
     Family("vit_tiny_patch16_224", 64, options={"img_size": 64}),
     Family("swin_tiny_patch4_window7_224", 56, options={"img_size": 56}),
-    Family("torchvision:swin_t", slow=True),
+    Family("torchvision:swin_t"),
     Family("mobilevit_xxs"),
     Family("mobilevitv2_050"),
     Family("levit_128s", 224),
     Family("efficientvit_b0"),
     Family("poolformer_s12"),
-    Family("pvt_v2_b0", slow=True),
+    Family("pvt_v2_b0"),
     # Weight standardization: convolutions with computed weights stay operators.
-    Family("eca_nfnet_l0", slow=True),
-    Family("xcit_nano_12_p16_224", 224, left=12, slow=True),
-    Family("maxvit_rmlp_pico_rw_256", 256, slow=True),
+    Family("eca_nfnet_l0"),
+    Family("xcit_nano_12_p16_224", 224, left=12),
+    Family("maxvit_rmlp_pico_rw_256", 256),
 ]
 
 
-def mark(family):
-    return pytest.param(family, id=family.name, marks=pytest.mark.slow if family.slow else ())
-
-
 @pytest.mark.filterwarnings("ignore")  # the zoos deprecate parts of their own
-@pytest.mark.parametrize("family", [mark(f) for f in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_family(family):
     module = build(family)
     image = ImageSpec((3, family.size, family.size))

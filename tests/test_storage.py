@@ -67,7 +67,10 @@ def test_a_state_comes_back(plan, tmp_path):
     assert back.info == state.info
 
 
-def test_engines_come_back(tmp_path):
+def test_a_lowered_model_comes_back(tmp_path):
     lowered = Lowered(b"\x00model", {"x.a4": "v1"}, {"b.conv": "v2"})
-    engines = storage.Engines(lowered, b"float", {"model_bytes": 6})
-    assert round_trip(storage.save_engines, storage.load_engines, engines, tmp_path) == engines
+    storage.save_lowered((lowered, {"model_bytes": 6}), tmp_path)
+    assert storage.load_lowered(tmp_path) == lowered
+    assert storage.load_json(tmp_path / storage.NAMES)["sizes"] == {"model_bytes": 6}
+    storage.save_float(b"float", tmp_path)
+    assert storage.load_float(tmp_path) == b"float"

@@ -281,9 +281,9 @@ class _Corrector(fx.Interpreter):
         mean = sum(channel_mean(v, layer) * len(v) for v in values) / total
         module = self.fetch_attr(layer.name)
         shift = (mean - self.means[layer.node]).cpu().float()
+        # The mean was measured with the snapped bias: that is the one to shift.
         old = module.bias.detach().cpu() if module.bias is not None else torch.zeros_like(shift)
-        stored = _float_bias(module, self.state.biases.get(layer.name), len(shift))
-        bias = stored - shift
+        bias = old - shift
         self.biases[layer.name] = bias
         weight = self.state.weights[layer.name]
         delta = (snapped_bias(bias, layer, weight, self.state.acts) - old).to(values[0].device)

@@ -1,0 +1,48 @@
+from types import SimpleNamespace
+
+import pytest
+
+import models
+from dfqc.compiler.estimate import estimate
+from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.stages import model_facts
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return models.trace_tiny("residual")
+
+
+def rows(graph, data=None, **flags):
+    job = SimpleNamespace(recipe=make_recipe({"model": "net.pt", **flags}))
+    found = estimate(job, graph, model_facts(graph), data or {}, seconds_per_image=0.01)
+    return {row.stage: row for row in found}
+
+
+def test_synthesis_costs_a_forward_and_backward_pass_per_iteration(graph):
+    options = {"samples": 32, "synth_option": ["iterations=50"]}
+    assert rows(graph, **options)["synthesize"].seconds == pytest.approx(32 * 50 * 3 * 0.01)
+    assert rows(graph, synth="noise", samples=32)["synthesize"].seconds == 0
+
+
+def test_more_samples_take_longer_and_larger_batches_more_memory(graph):
+    few, many = rows(graph, samples=32), rows(graph, samples=64)
+    assert many["quantize"].seconds == 2 * few["quantize"].seconds
+    small = rows(graph, synth_option=["batch_size=8"])["synthesize"].peak_bytes
+    large = rows(graph, synth_option=["batch_size=64"])["synthesize"].peak_bytes
+    activations = 4 * model_facts(graph)["activations"]
+    assert large - small == 2 * 56 * activations
+
+
+def test_labelled_images_are_counted(graph):
+    without, given = rows(graph), rows(graph, {"eval": {"images": 1000}})
+    added = given["evaluate"].seconds - without["evaluate"].seconds
+    assert added == pytest.approx(4 * 1000 * 0.01)
+
+
+def test_the_facts_of_a_net(graph):
+    facts = model_facts(graph)
+    assert facts["params"] == sum(p.numel() for p in models.build("residual").parameters())
+    assert (facts["layers"], facts["classes"], facts["batch_norm"]) == (7, 10, True)
+    assert facts["image"]["size"] == (3, 16, 16)
+    assert model_facts(models.trace_tiny("no_norm"))["batch_norm"] is False
