@@ -28,7 +28,7 @@ def absorb_pads(model: ir.Model) -> None:
         users = [use.node for use in node.outputs[0].uses()]
         if pads is None or not users or any(user.op_type != "Conv" for user in users):
             continue
-        if any(use.idx != 0 for use in node.outputs[0].uses()):
+        if any(use.idx != 0 for use in node.outputs[0].uses()) or node.outputs[0].is_graph_output():
             continue
         for user in users:
             own = list(user.attributes["pads"].as_ints()) if "pads" in user.attributes else [0] * 4
@@ -100,6 +100,8 @@ def pool_on_integers(model: ir.Model) -> None:
             continue
         uses = list(node.outputs[0].uses())
         if len(uses) != 1 or uses[0].node.op_type != "QuantizeLinear":
+            continue
+        if node.outputs[0].is_graph_output():
             continue
         pool = ir.node("GlobalAveragePool", [source])
         model.graph.insert_before(node, [pool])

@@ -209,4 +209,7 @@ def _pack(codes: np.ndarray, bits: int, target: TargetSpec) -> np.ndarray:
 
 
 def _replace_uses(old: ir.Value, new: ir.Value) -> None:
-    ir.convenience.replace_all_uses_with(old, new)
+    """Let `new` stand for `old`, as an output of the model too."""
+    if old.is_graph_output():
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

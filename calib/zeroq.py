@@ -25,11 +25,11 @@ from dfqc.compiler.graph import Graph
 
 NEEDS_BN = True
 
-# Changes to the defaults of `Options`. 256 images of a CIFAR ResNet-20 take about 15, 25 and 130 s
-# on two cores, 128 images of a 0.25 MobileNet at 224 pixels about 40 s, 70 s and 6 min.
+# Changes to the defaults of `Options`. On two cores 256 images of a CIFAR ResNet-20 take about 10,
+# 20 and 130 s, and 128 images of a 0.25 MobileNet at 224 pixels about 25 s, 50 s and 5 min.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "quick": {"iterations": 60},
-    "standard": {"iterations": 100},
+    "quick": {"iterations": 40},
+    "standard": {"iterations": 80},
     "max": {"iterations": 500},
 }
 
@@ -56,7 +56,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    iterations: int = Field(100, ge=1)
+    iterations: int = Field(80, ge=1)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(0.2, gt=0)
     schedule: Literal["anneal", "plateau"] = "anneal"

@@ -34,10 +34,10 @@ class Stage:
     save: Callable[[Any, Path], None] | None = None
     load: Callable[[Path], Any] | None = None
     check: Callable[[Any], None] | None = None  # verifies the value before it is stored
-    version: int = 1  # of the stage's own glue; the modules in `code` are digested
+    version: int = 1  # of what it stores; raised when `load` expects something else
     options: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
     environment: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
-    code: Callable[[Any], Sequence[str]] = lambda settings: ()
+    code: Callable[[Any], Sequence[str]] = lambda settings: ()  # beside the file of `run`
     seeded: bool = False  # its output depends on the seed
 
 
@@ -156,7 +156,7 @@ class Driver:
         return {
             "stage": stage.name,
             "version": stage.version,
-            "code": keys.code_digest(stage.code(self.settings)),
+            "code": keys.code_digest(stage.code(self.settings), (stage.run.__module__,)),
             "options": dict(stage.options(self.settings)),
             "seed": self.seed if stage.seeded else None,
             "inputs": {name: self._digests[name] for name in stage.inputs},

@@ -14,10 +14,11 @@ from typing import Any
 from dfqc.compiler import plugins
 
 
-def code_digest(modules: Iterable[str]) -> str:
+def code_digest(modules: Iterable[str], alone: Iterable[str] = ()) -> str:
     """SHA-256 of the source of these modules and of everything of ours that they import.
 
     A changed algorithm thus never meets its old results, and an edit elsewhere costs nothing.
+    Modules in `alone` count without what they import.
     """
     seen: set[str] = set()
     pending = list(modules)
@@ -26,6 +27,7 @@ def code_digest(modules: Iterable[str]) -> str:
         if module not in seen:
             seen.add(module)
             pending.extend(_source(module)[1])
+    seen.update(module for module in alone if module.startswith("dfqc."))
     joined = "".join(f"{module} {_source(module)[0]}\n" for module in sorted(seen))
     return hashlib.sha256(joined.encode()).hexdigest()
 

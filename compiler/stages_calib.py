@@ -25,7 +25,10 @@ HELD_OUT = 128  # images of the held-out set
 _SHEET_IMAGES = 64
 _PINK = {"kind": "pink"}
 # Half the iterations of a quick calibration set: these images judge, nothing is fitted to them.
-_MATCHED = {"loss": "kl", "init": "pink", "statistic": "batch", "iterations": 30}
+# Valid pixels only: the engine's input grid covers those, and others would measure its clipping.
+_MATCHED = {"loss": "kl", "init": "pink", "statistic": "batch", "iterations": 30, "clip": True}
+# Options of a stage that its batches do not depend on, or know from their own options.
+_NOT_PARTS = ("samples", "effort", "synth-option")
 _NOISE_SEEDS = 1000  # seeds of the noise are counted from here
 
 
@@ -70,6 +73,7 @@ def make_images(
     graph, device = context.value("trace"), device_of(context)
     size = min(options.batch_size, count)
     sizes = [min(size, count - done) for done in range(0, count, size)]
+    chosen = options.model_dump(mode="json", exclude={"path"})  # data count by content
     parts = []
     report = context.progress()
     for place, images in enumerate(sizes):
@@ -83,8 +87,8 @@ def make_images(
             )
             return made
 
-        part = {"synthesizer": name, "index": index, "images": images}
-        parts.append(context.checkpoint(part, make, save_calib, load_calib, without=("samples",)))
+        part = {"synthesizer": name, "index": index, "images": images, "options": chosen}
+        parts.append(context.checkpoint(part, make, save_calib, load_calib, without=_NOT_PARTS))
     return _join(parts)
 
 

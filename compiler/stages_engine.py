@@ -78,14 +78,16 @@ def evaluate(context: Context) -> dict[str, Any]:
     job: Job = context.settings
     graph, state = context.value("fold"), context.value("correct")
     held_out = context.value("holdout").images
-    simulation = simulated(graph, state)
     runners: dict[str, Runner] = {
         "float": TorchRunner(context.value("trace")),
-        "simulated": TorchRunner(simulation),
+        "simulated": TorchRunner(simulated(graph, state)),
     }
     nodes = {name: layer.node for name, layer in state.plan.layers.items()}
     result: dict[str, Any] = {
-        "layers": layer_sqnr(graph, simulation, nodes, held_out[:_LAYER_IMAGES]),
+        # Float layers here: the integer ones already clip their output as a ReLU behind them would.
+        "layers": layer_sqnr(
+            graph, simulated(graph, state, integer=False), nodes, held_out[:_LAYER_IMAGES]
+        ),
         "images": len(held_out),
     }
     with contextlib.ExitStack() as stack:

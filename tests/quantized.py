@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
+import tempfile
 from pathlib import Path
 
 import onnx
@@ -21,6 +23,9 @@ from dfqc.compiler.spec import Plan, TargetSpec, parse_bits, parse_rule
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # on networks this small, threads cost more than they give
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="dfqc-tests-")
+atexit.register(_FOLDER.cleanup)
 
 # Every property differs from the `ort` target's.
 INPUTS = TargetSpec(
@@ -111,12 +116,22 @@ class Case:
         return [node for node in self.model.graph.node if name in node.input]
 
 
+@functools.cache
+def lowered(net: str, bits: str, *rules: str) -> Case:
+    """Lower a net of `models.TINY`; shared, so not to be modified."""
+    graph = folded(net)
+    state = quantize(graph, plan(graph, bits, *rules))
+    folder = Path(_FOLDER.name) / "-".join((net, bits, *rules)).replace("*", "_")
+    folder.mkdir()
+    return lower(graph, state, folder)
+
+
 def lower(
     graph: Graph, state: QuantState, folder: Path, *, target: TargetSpec = ort.TARGET
 ) -> Case:
     """Lower, write and open a quantized graph."""
-    weight_only = {} if state.plan.quantizers else {ort.WEIGHT_ONLY_KEY: "true"}
-    lowered = _qdq.lower(graph, state, target, metadata={"dfqc": "test", **weight_only})
+    float_acts = {} if state.plan.quantizers else {ort.WEIGHT_ONLY_KEY: "true"}
+    lowered = _qdq.lower(graph, state, target, metadata={"dfqc": "test", **float_acts})
     path = folder / "model.onnx"
     path.write_bytes(lowered.model)
     return Case(graph, state, lowered, path, ort.open_runner(path, threads=1))

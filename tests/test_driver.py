@@ -121,7 +121,7 @@ def test_a_changed_source_file_reruns(line, tmp_path, monkeypatch):
     from dfqc.compiler import keys
 
     line.drive(tmp_path)
-    monkeypatch.setattr(keys, "code_digest", lambda modules: "edited")
+    monkeypatch.setattr(keys, "code_digest", lambda modules, alone: "edited")
     line.drive(tmp_path)
     assert "numbers" in line.ran
 

@@ -13,15 +13,16 @@ def test_the_code_digest_covers_what_a_module_imports(tmp_path, monkeypatch):
     paths = {f"dfqc.demo.{p.stem}": p for p in package.iterdir()}
     monkeypatch.setattr(plugins, "find_source", paths.get)
 
-    def digest():
+    def digest(*alone):
         keys._source.cache_clear()
-        return keys.code_digest(["dfqc.demo.top"])
+        return keys.code_digest([] if alone else ["dfqc.demo.top"], alone)
 
-    first = digest()
+    first, alone = digest(), digest("dfqc.demo.top", "elsewhere.not_ours")
     paths["dfqc.demo.apart"].write_text("x = 2\n")
     assert digest() == first
     paths["dfqc.demo.low"].write_text("x = 2\n")
     assert digest() != first
+    assert digest("dfqc.demo.top", "elsewhere.not_ours") == alone
     keys._source.cache_clear()
 
 
