@@ -135,7 +135,7 @@ def bn_distance(
 
     The 2-Wasserstein distance between the normal distributions with the moments over all images
     and with the stored ones, relative to the layer's spread: the root of the sum over channels of
-    (m - μ)² + (s - σ)² over the sum of σ². Real images leave about 0.1 to 0.2.
+    (m - μ)² + (s - σ)² over the sum of σ². A few hundred real images leave 0.14 to 0.16.
     """
     device = device or torch.device("cpu")
     teacher = BNTeacher(graph, device)

@@ -266,10 +266,18 @@ class _Placer:
             if not stays_on_grid(user):
                 continue
             request = self.requests.get(user)
-            if request is not None and base.scheme.bits in request.by_bits:
-                consumers = tuple(request.by_bits.pop(base.scheme.bits))
-                self._emit(user, base.scheme.bits, consumers, tied=base.name)
+            if request is not None and request.by_bits:
+                self._emit_tied(user, base, request)
             self._tie(user, base)
+
+    def _emit_tied(self, node: fx.Node, base: Quantizer, request: _Request) -> None:
+        """Emit the twin of `base` behind `node`; narrower ones read it, so `node` stays integer."""
+        names = [name for readers in request.by_bits.values() for name in readers]
+        twin = self._emit(node, base.scheme.bits, tuple(dict.fromkeys(names)), tied=base.name)
+        for bits, consumers in sorted(request.by_bits.items(), reverse=True):
+            if bits != base.scheme.bits:
+                self._emit(node, bits, tuple(consumers), after=twin)
+        request.by_bits.clear()
 
     def _emit_parallel(self, node: fx.Node) -> None:
         for bits, consumers in sorted(self.requests[node].by_bits.items(), reverse=True):

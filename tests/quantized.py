@@ -8,6 +8,7 @@ import functools
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -19,7 +20,7 @@ from dfqc.compiler.graph import Graph
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.plan import make_plan
 from dfqc.compiler.quantize import rtn
-from dfqc.compiler.spec import Plan, TargetSpec, parse_bits, parse_rule
+from dfqc.compiler.spec import LayerPlan, Plan, TargetSpec, parse_bits, parse_rule
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # on networks this small, threads cost more than they give
@@ -106,7 +107,13 @@ class Case:
     def nodes(self, *kinds: str) -> list[onnx.NodeProto]:
         return [node for node in self.model.graph.node if node.op_type in kinds]
 
-    def array(self, name: str):
+    def planned(self) -> list[LayerPlan]:
+        return [layer for layer in self.state.plan.layers.values() if layer.weight is not None]
+
+    def layer_node(self, layer: LayerPlan) -> onnx.NodeProto:
+        return next(n for n in self.nodes("Conv", "Gemm", "MatMul") if n.name == layer.name)
+
+    def array(self, name: str) -> np.ndarray:
         return numpy_helper.to_array(self.constants[name])
 
     def producer(self, name: str) -> onnx.NodeProto:

@@ -5,8 +5,6 @@ import onnx
 import pytest
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
-from torch import nn
-from torch.nn import functional as F
 
 import models
 import numerics
@@ -23,14 +21,6 @@ CASES = [("residual", bits) for bits in WIDTHS] + [(net, "w4a4") for net in NETS
 IMAGES = models.images(48, seed=11)
 
 every_case = pytest.mark.parametrize(("net", "bits"), CASES)
-
-
-def planned(case):
-    return [layer for layer in case.state.plan.layers.values() if layer.weight is not None]
-
-
-def compute_node(case, layer):
-    return next(node for node in case.nodes("Conv", "Gemm", "MatMul") if node.name == layer.name)
 
 
 @every_case
@@ -59,8 +49,8 @@ def test_the_file_is_valid_and_bears_our_name_alone(net, bits):
 @every_case
 def test_weights_are_the_codes_in_the_smallest_type(net, bits):
     case = quantized.lowered(net, bits)
-    for layer in planned(case):
-        node = compute_node(case, layer)
+    for layer in case.planned():
+        node = case.layer_node(layer)
         dequantize = case.producer(node.input[1])
         assert dequantize.op_type == "DequantizeLinear"
         stored, scale = case.state.weights[layer.name], case.array(dequantize.input[1])
@@ -93,8 +83,8 @@ def test_weights_are_the_codes_in_the_smallest_type(net, bits):
 @every_case
 def test_biases_are_on_the_grid_of_the_accumulator(net, bits):
     case = quantized.lowered(net, bits)
-    for layer in planned(case):
-        node, bias = compute_node(case, layer), case.state.biases.get(layer.name)
+    for layer in case.planned():
+        node, bias = case.layer_node(layer), case.state.biases.get(layer.name)
         if bias is None:
             assert len(node.input) == 2
             continue
@@ -152,8 +142,8 @@ def test_activations_are_unsigned_bytes_clipped_on_their_grid(net, bits):
 def test_every_planned_layer_runs_in_integers(net, bits):
     case = quantized.lowered(net, bits)
     kernels = ort.executed(case.path, case.lowered.layers)
-    assert set(kernels) == {layer.name for layer in planned(case)}
-    for layer in planned(case):
+    assert set(kernels) == {layer.name for layer in case.planned()}
+    for layer in case.planned():
         if layer.input is None:
             assert "(float)" in kernels[layer.name]
         elif layer.op == "Conv2d":
@@ -178,7 +168,7 @@ def test_the_engine_computes_the_simulation(net, bits):
     report = check_parity(
         case.graph, case.state, case.lowered, case.runner, IMAGES, layer_images=len(IMAGES)
     )
-    layers = {layer.node for layer in planned(case)}
+    layers = {layer.node for layer in case.planned()}
     exact = {output_end(n).name for n in case.graph.module.graph.nodes if n.name in layers} | {"x"}
     for row in report.layers:
         assert row.max_steps <= 1
@@ -265,151 +255,3 @@ def test_a_marker_that_the_exporter_lost_is_an_error():
     writer = QdqWriter(_qdq.ir.from_proto(bare), case.state, ort.TARGET)
     with pytest.raises(RuntimeError, match=r"planned but not found .*'layer1.conv1', .*'relu.a4'"):
         writer.run()
-
-
-class Names(nn.Module):
-    """Modules called like the exporter's values, the model's ends, and the writer's constants."""
-
-    def __init__(self):
-        super().__init__()
-        self.input, self.c0 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
-        self.relu, self.val_0 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-        self.mean = nn.Conv2d(8, 8, 1)
-        self.output = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = F.relu(self.c0(F.relu(self.input(x))))
-        x = F.leaky_relu(self.val_0(F.silu(self.relu(x))))
-        return self.output(self.mean(x).mean((2, 3))) + 1
-
-
-def test_module_names_never_meet_other_names(tmp_path):
-    graph = quantized.fold_module(Names())
-    state = quantized.quantize(graph, quantized.plan(graph, "w4a4"))
-    case = quantized.lower(graph, state, tmp_path)
-    assert [v.name for v in (*case.model.graph.input, *case.model.graph.output)] == [
-        "input",
-        "output",
-    ]
-    assert set(case.lowered.layers) == {"input", "c0", "relu", "val_0", "mean", "output"}
-    assert ort.executed(case.path, case.lowered.layers)["relu"] == "QLinearConv"
-    expected = TorchRunner(simulated(graph, state)).infer(IMAGES.numpy())
-    np.testing.assert_array_equal(case.runner.infer(IMAGES.numpy()), expected)
-
-
-class Rectified(nn.Module):
-    """Pads, and activations that quantizers repeat or do not."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = models.conv_bn(3, 8)
-        self.body = nn.Conv2d(8, 8, 3, stride=2)
-        self.plain = nn.Conv2d(8, 8, 1)
-        self.last = nn.Conv2d(8, 8, 3)
-        self.head = models.Head(8)
-
-    def forward(self, x):
-        x = F.relu6(self.stem(x) * 3)
-        x = F.relu6(self.body(F.pad(x, (0, 1, 0, 1))))
-        x = F.relu(self.plain(x))  # left in float, and read in float and as integers
-        y = self.last(F.pad(x, (1, 1, 1, 1), mode="reflect"))
-        return self.head(F.relu6(y + x))
-
-
-@pytest.fixture(scope="module")
-def rectified(tmp_path_factory):
-    graph = quantized.fold_module(Rectified())
-    state = quantized.quantize(graph, quantized.plan(graph, "w4a4", "plain=w32a32"), acts="minmax")
-    end = state.plan.quantizers["hardtanh_1.a8"].name
-    wide = dataclasses.replace(state.acts[end], scale=0.05)  # up to 12.75
-    state = dataclasses.replace(state, acts={**state.acts, end: wide})
-    return quantized.lower(graph, state, tmp_path_factory.mktemp("rectified"))
-
-
-def test_pads_go_into_convolutions_unless_they_reflect(rectified):
-    pads = {
-        n.name: list(a.ints)
-        for n in rectified.nodes("Conv")
-        for a in n.attribute
-        if a.name == "pads"
-    }
-    assert pads["body"] == [0, 0, 1, 1]
-    (left,) = rectified.nodes("Pad")
-    assert {a.name: a.s for a in left.attribute} == {"mode": b"reflect"}
-
-
-def test_activations_stay_where_a_grid_does_not_repeat_them(rectified):
-    # Gone: relu6 behind the stem. Left: relu6 whose grid ends above 6, relu6 without a quantizer,
-    # and relu behind a layer in float, which an add reads too.
-    clips = [n for n in rectified.nodes("Clip") if rectified.array(n.input[1]).dtype == np.float32]
-    before = [rectified.producer(clip.input[0]) for clip in clips]
-    assert [node.name or node.op_type for node in before] == ["body", "Add"]
-    (relu,) = rectified.nodes("Relu")
-    assert rectified.producer(relu.input[0]).input[1] == "plain.weight"
-
-
-def test_the_mixed_net_is_the_simulation(rectified):
-    kernels = ort.executed(rectified.path, rectified.lowered.layers)
-    assert kernels["stem.0"] == kernels["last"] == "QLinearConv"
-    assert "plain" not in kernels
-    expected = TorchRunner(simulated(rectified.graph, rectified.state)).infer(IMAGES.numpy())
-    numerics.assert_sqnr(rectified.runner.infer(IMAGES.numpy()), expected, 50)
-
-
-@pytest.fixture(scope="module")
-def signed(tmp_path_factory):
-    graph = quantized.folded("residual")
-    state = quantized.quantize(graph, quantized.plan(graph, "w4a4", target=quantized.INPUTS))
-    folder = tmp_path_factory.mktemp("signed")
-    return quantized.lower(graph, state, folder, target=quantized.INPUTS)
-
-
-def test_a_symmetric_target_gets_signed_codes_and_float_clips(signed):
-    assert {t.data_type for t in signed.constants.values()} <= {
-        TensorProto.INT8,
-        TensorProto.FLOAT,
-        TensorProto.INT64,
-    }
-    for name, quantizer in signed.state.plan.quantizers.items():
-        node = signed.producer(signed.lowered.taps[name])
-        assert node.op_type == "QuantizeLinear"
-        zero_point = signed.array(node.input[2])
-        assert (zero_point.dtype, int(zero_point)) == (np.int8, 0)
-        before = [n for n in signed.nodes("Clip") if node.input[0] in n.output]
-        assert bool(before) == (quantizer.scheme.bits < 8)
-        for clip in before:
-            scale = np.float32(signed.state.acts[name].scale)
-            limits = [float(signed.array(i)) for i in clip.input[1:]]
-            assert limits == pytest.approx([0, 15 * scale], rel=1e-6)
-            if "add" not in signed.producer(clip.input[0]).op_type.lower():
-                assert signed.producer(clip.input[0]).op_type in ("Conv", "Relu")
-
-
-def test_one_clip_replaces_the_relu_before_it(signed):
-    # relu_1 and relu_3 are read by a narrow layer alone; the others also feed adds or a mean.
-    for name in ("relu_1.a4", "relu_3.a4", "relu_2.a4"):
-        clip = signed.producer(signed.producer(signed.lowered.taps[name]).input[0])
-        assert clip.op_type == "Clip"
-        assert signed.producer(clip.input[0]).op_type != "Relu"
-    assert len(signed.nodes("Relu")) == 2
-    # Eight bits reach below zero: the ReLU stays.
-    tap = signed.producer(signed.lowered.taps["relu.a8"])
-    assert signed.producer(tap.input[0]).op_type == "Relu"
-
-
-def test_its_biases_are_float_on_the_integer_grid(signed):
-    for layer in planned(signed):
-        node = compute_node(signed, layer)
-        bias = signed.array(node.input[2])
-        assert bias.dtype == np.float32
-        scale = np.float32(signed.state.acts[layer.input].scale)
-        step = scale * signed.state.weights[layer.name].scale.numpy()
-        codes = np.rint(signed.state.biases[layer.name].numpy().astype(np.float64) / step)
-        np.testing.assert_array_equal(bias, codes.astype(np.float32) * step)
-
-
-def test_its_file_computes_the_simulation(signed):
-    images = IMAGES[:8].numpy()
-    (found,) = ReferenceEvaluator(signed.model).run(None, {"input": images})
-    expected = TorchRunner(simulated(signed.graph, signed.state)).infer(images)
-    numerics.assert_sqnr(found, expected, 45)
