@@ -1,4 +1,4 @@
-"""TensorRT 10 and 11: a quantized graph in, the explicit-QDQ model that TensorRT's parser takes out.
+"""TensorRT 10 and 11: a quantized graph in, the explicit-QDQ model that its parser takes out.
 
 This release writes the file and simulates it; it builds no engine. No machine of the project has
 had an NVIDIA driver: nothing here has been executed by TensorRT.

@@ -4,8 +4,8 @@ The images themselves are optimized; there are no labels and no generator. Publi
 `statistic=per_image loss=std init=gaussian schedule=plateau iterations=500 lr=0.5 patience=0
 clip=false`. The defaults differ where that was measured to be better. Above all, moments are those
 of the batch: asking every image for the moments of all classes together makes images that no
-class resembles, and activations near the output stay below those of real images (CIFAR ResNet-20, last block: at
-most 12 where real images reach 21), so that ranges calibrated on them clip.
+class resembles, and activations near the output stay below those of real images (CIFAR ResNet-20,
+last block: at most 12 where real images reach 21), so that ranges calibrated on them clip.
 """
 
 from __future__ import annotations
