@@ -6,7 +6,7 @@ import os
 # other tests, the runtimes' own threads. The command line sets the same.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 # The tests' nets are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
