@@ -161,6 +161,9 @@ def _session(
     # Threads that spin on between two calls would steal cores from the engine timed beside this
     # one, and from the neighbors on a shared machine.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Weight-only linear layers compute in float32, as simulated; the default rounds their
+    # activations to 8 bits unasked.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if weight_only:
         # Without it the weights are dequantized in every call instead of once, at load.
         options.add_session_config_entry("session.disable_quant_qdq", "1")

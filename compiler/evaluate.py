@@ -100,11 +100,12 @@ def top1(runner: Runner, dataset: Dataset, *, batch: int = BATCH) -> Top1:
 
 def compare(reference: Runner, other: Runner, batches: Iterable[np.ndarray]) -> Comparison:
     """Run two engines on the same images (float32, n×c×h×w), labels not needed."""
-    equal, images, largest = 0, 0, 0.0
+    equal, images, largest = 0.0, 0, 0.0
     signal = noise = 0.0
     for chunk in batches:
         ours, theirs = reference.infer(chunk), other.infer(chunk)
-        equal += int((ours.argmax(1) == theirs.argmax(1)).sum())
+        same = ours.argmax(1) == theirs.argmax(1)
+        equal += float(same.reshape(len(chunk), -1).mean(1).sum())  # a map counts as one image
         images += len(chunk)
         largest = max(largest, float(np.abs(ours - theirs).max()))
         power = _powers(ours, theirs)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _INTEGER_FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
@@ -110,10 +111,20 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def cpu_count() -> int:
-    """Cores this process may use."""
+    """Cores this process may use: its affinity, or its container's quota where that is less."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return min(cores, cpu_quota(CGROUP_QUOTA) or cores)
+
+
+def cpu_quota(file: Path) -> int | None:
+    """Return the whole cores that a cgroup v2 `cpu.max` file grants (at least 1), or None."""
+    try:
+        quota, period = file.read_text(encoding="ascii").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or `max`: no limit
+        return None
 
 
 @functools.cache

@@ -235,8 +235,8 @@ def _notes(job: Job) -> list[str]:
         return []
     note = (
         f"Not verified: the runtime of target {job.recipe.target!r} cannot be used here "
-        f"({job.no_runtime}). The model was written and simulated, but no engine was run: "
-        "check it with `dfqc verify` where the runtime is"
+        f"({job.no_runtime}). The model was written, checked as ONNX and simulated, but no "
+        "engine was run"
     )
     return [note]
 

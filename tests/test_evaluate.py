@@ -125,6 +125,16 @@ def test_compare_streams_and_gives_what_the_whole_would():
     assert result.sqnr_db == pytest.approx(expected)
 
 
+def test_a_map_of_predictions_counts_as_one_image():
+    ours = np.zeros((2, CLASSES, 2, 2), np.float32)
+    ours[:, 0] = 1
+    theirs = ours.copy()
+    theirs[1, 1, 0, 0] = 2  # one of the four positions of the second image
+    pieces = [images for images, _ in Table(range(2)).batches(2)]
+    result = evaluate.compare(Says(ours), Says(theirs), pieces)
+    assert result.agreement == pytest.approx(100 * 7 / 8)
+
+
 def test_nothing_to_compare_is_an_error():
     with pytest.raises(LoadError, match="no images"):
         evaluate.compare(Says(one_hot([0])), Says(one_hot([0])), [])

@@ -63,3 +63,14 @@ def test_the_cpu_is_described():
     assert set(machine.integer_flags()) <= {
         "avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("200000 100000\n", 2), ("150000 100000\n", 1), ("10000 100000", 1), ("max 100000", None)],
+)
+def test_a_containers_quota_is_read(tmp_path, text, cores):
+    file = tmp_path / "cpu.max"
+    file.write_text(text)
+    assert machine.cpu_quota(file) == cores
+    assert machine.cpu_quota(tmp_path / "absent") is None
