@@ -45,7 +45,7 @@ def _net(folder: Path, name: str) -> Net:
     home = folder / "models" / name
     info: Mapping[str, Any] = json.loads((home / "info.json").read_text(encoding="utf-8"))
     size = info["input_size"]
-    code = next(home.glob("*.py"))
+    (code,) = home.glob("*.py")
     flags = (
         str(home / "weights.pt"),
         *("--arch", f"{code}:build", "--input-size", f"3x{size}x{size}"),

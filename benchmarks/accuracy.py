@@ -28,7 +28,10 @@ LEGEND = (
     "computed). Speed-up: median latency float / compressed on the same engine, interleaved, batch "
     "and threads as in the JSON file."
 )
-STAGES = ("trace", "synthesize", "quantize", "correct", "lower", "verify", "evaluate", "bench")
+STAGES = (
+    *("trace", "fold", "plan", "data", "synthesize", "holdout", "quantize", "correct", "float"),
+    *("lower", "verify", "evaluate", "bench"),
+)
 
 
 def main() -> int:
@@ -148,7 +151,7 @@ def render(rows: list[dict[str, Any]], command: str) -> str:
     ]
     stage_head = [
         "",
-        "Seconds per stage (blank: from the cache)",
+        "Seconds / peak resident MB per stage (blank: from the cache)",
         "",
         "| net | bits | calibration | " + " | ".join(STAGES) + " |",
         "|" + " --- |" * (len(STAGES) + 3),
@@ -164,7 +167,9 @@ def render(rows: list[dict[str, Any]], command: str) -> str:
 
 def _time(row: dict[str, Any], stage: str) -> str:
     record = row["stages"].get(stage)
-    return f"{record['seconds']:.1f}" if record and not record["cached"] else ""
+    if not record or record["cached"]:
+        return ""
+    return f"{record['seconds']:.1f} / {(record['peak_rss_bytes'] or 0) / 1e6:.0f}"
 
 
 if __name__ == "__main__":

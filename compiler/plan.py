@@ -6,7 +6,8 @@ them: one quantizer per tensor and bit width, never one per consumer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -17,6 +18,7 @@ from dfqc.compiler.spec import (
     LayerPlan,
     Plan,
     QScheme,
+    Quantizer,
     Rule,
     TargetSpec,
     check_bits,
@@ -24,6 +26,9 @@ from dfqc.compiler.spec import (
 )
 
 FLOAT = Bits(32, 32)
+WEIGHT_ONLY = "weight-only: weights dequantized at load"
+# An engine dequantizes at load for a whole file or not at all.
+WEIGHT_ONLY_MIXED = "weight-only beside integer layers: weights dequantized in every call, slow"
 
 
 def make_plan(
@@ -54,7 +59,10 @@ def make_plan(
     return Plan(
         target.name,
         bits,
-        {name: _with_input(layer, inputs.get(layer.node)) for name, layer in layers.items()},
+        {
+            name: _finish(layer, inputs.get(layer.node), quantizers)
+            for name, layer in layers.items()
+        },
         quantizers,
     )
 
@@ -80,20 +88,17 @@ def _export_bits(target: TargetSpec, op: str, asked: Bits, calls: int) -> tuple[
         return FLOAT, f"the module is called {calls} times with different inputs: left in float32"
     if asked.weight_only:
         note = "" if asked.act == FLOAT.act else "; this engine computes in float32"
-        return Bits(asked.weight, 32), f"weight-only: weights dequantized at load{note}"
+        return Bits(asked.weight, 32), f"{WEIGHT_ONLY}{note}"
     if asked.weight < 8 or asked.act < 8:
         return asked, target.kernel_note
     return asked, ""
 
 
-def _with_input(layer: LayerPlan, quantizer: str | None) -> LayerPlan:
-    return LayerPlan(
-        layer.name,
-        layer.node,
-        layer.op,
-        layer.asked,
-        layer.exported,
-        layer.weight,
-        quantizer,
-        layer.reason,
-    )
+def _finish(
+    layer: LayerPlan, quantizer: str | None, quantizers: Mapping[str, Quantizer]
+) -> LayerPlan:
+    """Add what only placement knows: the layer's input, and whether the network is mixed."""
+    reason = layer.reason
+    if quantizers and layer.exported.weight_only:
+        reason = reason.replace(WEIGHT_ONLY, WEIGHT_ONLY_MIXED)
+    return dataclasses.replace(layer, input=quantizer, reason=reason)

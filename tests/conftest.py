@@ -5,8 +5,3 @@ import os
 # Threads that spin while they wait make tests many times slower wherever something else runs too:
 # other tests, the runtimes' own threads. The command line sets the same.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import torch
-
-# The tests' nets are tiny: a second thread costs more than it brings.
-torch.set_num_threads(1)

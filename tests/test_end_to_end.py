@@ -321,7 +321,14 @@ def kill_after_parts(workspace, count, sig):
     command = workspace.command(
         "build", *workspace.weights(), *SLOW, "-o", workspace.root / "package", "--json"
     )
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while len(parts(workspace)) < count and process.poll() is None:
         assert time.monotonic() < deadline
