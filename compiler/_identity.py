@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -10,14 +11,16 @@ from pathlib import Path
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 
 ZOOS = ("timm", "torchvision")
+_FRAMEWORKS = ("timm", "torch", "torchvision")  # whose layers a factory is built from
 _BLOCK = 1 << 20
 
 
 def model_digest(source: str, arch: str | None, pretrained: bool, seed: int) -> str:
     """Return the cache identity of a model: equal digests load equal models.
 
-    Files count by their bytes, zoo names by name and package version; the seed counts only where
-    weights are drawn at random. Raises `LoadError` for a missing file.
+    Files count by their bytes, a factory with the modules beside it that it imports, zoo names by
+    name and package version; the seed counts only where weights are drawn at random. Raises
+    `LoadError` for a missing file.
     """
     identity: list[object] = [_identify_source(source, pretrained)]
     if arch is not None:
@@ -67,7 +70,57 @@ def _identify_arch(arch: str) -> list[object]:
     if is_zoo(arch):
         return _identify_zoo(arch)
     path, factory = split_factory(arch)
-    return ["factory", file_sha256(path), factory]
+    files, packages = _imports(path)
+    # The file's own name does not count, that of a module beside it does: it is imported by name.
+    inner = [[name, file_sha256(found)] for name, found in sorted(files.items())]
+    versions = [_identify_zoo(name) for name in sorted(packages)]
+    return ["factory", file_sha256(path), factory, inner, versions]
+
+
+def _imports(path: Path) -> tuple[dict[str, Path], set[str]]:
+    """Return what a factory file imports, transitively: files of its folder, and frameworks."""
+    files: dict[str, Path] = {}
+    packages: set[str] = set()
+    root, todo = path.resolve().parent, [path.resolve()]
+    while todo:
+        file = todo.pop()
+        for parts in _imported_names(file, root):
+            if parts[0] in _FRAMEWORKS:
+                packages.add(parts[0])
+            for found in _module_files(root, parts):
+                name = found.relative_to(root).as_posix()
+                if name not in files and found != path.resolve():
+                    files[name] = found
+                    todo.append(found)
+    return files, packages
+
+
+def _imported_names(file: Path, root: Path) -> list[list[str]]:
+    """Return the dotted names that a file imports; of `from a import b` also `a.b`."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []  # loading it says what is wrong
+    names: list[list[str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module.split(".") if node.module else []
+            if node.level:
+                package = file.relative_to(root).parent.parts
+                base = [*package[: len(package) - node.level + 1], *base]
+            names += [[*base, *alias.name.split(".")] for alias in node.names]
+    return [parts for parts in names if parts]
+
+
+def _module_files(root: Path, parts: list[str]) -> list[Path]:
+    """Return the files that an import of a dotted name runs, packages on the way included."""
+    found = []
+    for count in range(1, len(parts) + 1):
+        place = root.joinpath(*parts[:count])
+        found += [place.with_name(f"{place.name}.py"), place / "__init__.py"]
+    return [file for file in found if file.is_file()]
 
 
 def _identify_zoo(name: str) -> list[object]:

@@ -499,3 +499,49 @@ def test_real_network_loads_and_folds(assets, name):
         torch.testing.assert_close(graph.module(x), expected)
         close = 1e-5 * float(expected.abs().max())
         torch.testing.assert_close(fold(graph).module(x), expected, rtol=0, atol=close)
+
+
+@pytest.fixture
+def split_factory_folder(tmp_path):
+    """A factory whose layers lie in a module and in a package beside it."""
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "__init__.py").write_text("from .inner import width\n")
+    (tmp_path / "blocks" / "inner.py").write_text("width = 4\n")
+    (tmp_path / "near.py").write_text("import blocks\n")
+    (tmp_path / "other.py").write_text("")
+    (tmp_path / "net.py").write_text("def build():\n    from near import blocks\n")
+    (tmp_path / "weights.pt").write_bytes(b"weights")
+    return tmp_path
+
+
+def factory_digest(folder):
+    arch = f"{folder / 'net.py'}:build"
+    return _identity.model_digest(str(folder / "weights.pt"), arch, True, 0)
+
+
+@pytest.mark.parametrize("name", ["near.py", "blocks/__init__.py", "blocks/inner.py", "net.py"])
+def test_a_change_of_what_a_factory_imports_is_another_model(split_factory_folder, name):
+    before = factory_digest(split_factory_folder)
+    assert factory_digest(split_factory_folder) == before
+    path = split_factory_folder / name
+    path.write_text(path.read_text() + "\nwidth = 5\n")
+    assert factory_digest(split_factory_folder) != before
+
+
+def test_what_a_factory_does_not_import_is_no_part_of_the_model(split_factory_folder):
+    before = factory_digest(split_factory_folder)
+    (split_factory_folder / "other.py").write_text("width = 5\n")
+    assert factory_digest(split_factory_folder) == before
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision", "timm"])
+def test_versions_of_what_a_factory_imports_count(split_factory_folder, monkeypatch, package):
+    (split_factory_folder / "near.py").write_text(f"import {package}.nn\n")
+    before = factory_digest(split_factory_folder)
+    version = _identity.importlib.metadata.version
+    monkeypatch.setattr(
+        _identity.importlib.metadata,
+        "version",
+        lambda name: "99" if name == package else version(name),
+    )
+    assert factory_digest(split_factory_folder) != before
