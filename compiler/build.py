@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from dfqc.compiler.errors import EnvironmentFault, UsageError
 from dfqc.compiler.job import Job, check_output, make_job, model_name
 from dfqc.compiler.pipeline import Build, make_driver, open_store
 from dfqc.compiler.recipe import make_recipe
-from dfqc.compiler.stages import DATA, FACTS
+from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.storage import CALIB, INFO, PLAN, load_json
+
+log = logging.getLogger("dfqc.build")
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,15 @@ def run_plan(
 ) -> dict[str, Any]:
     """Return each layer's fate, what the build will cost, and what the store already has."""
     from dfqc.compiler.estimate import estimate
-    from dfqc.compiler.stages_calib import require_batch_norm
 
-    recipe = make_recipe(flags, recipe_file)
-    job = make_job(recipe)
+    job = make_job(make_recipe(flags, recipe_file))
+    recipe = job.recipe
     with open_store(recipe.cache_dir) as store:
         driver = _drive(job, store, listener, last="data")
         facts = load_json(driver.artifact("trace").file(FACTS))
         data = load_json(driver.artifact("data").file(DATA))
         plan = load_json(driver.artifact("plan").file(PLAN))
         graph = driver.value("trace")
-        require_batch_norm(graph, recipe.synth)
         stages = [dataclasses.asdict(e) for e in make_driver(job, store).explain()]
         stored = {row["name"] for row in stages if row["status"] == "hit"}
         costs = [
@@ -110,9 +111,14 @@ def run_synth(
 
 
 def _drive(job: Job, store: Store, listener: Listener, *, last: str | None = None) -> Driver:
-    driver = make_driver(
-        job, store, last=last, reporter=listener.reporter, finished=listener.finished
-    )
+    def finished(record: StageRecord) -> None:
+        listener.finished(record)
+        if record.name == "trace":  # before the hours that a wrong normalization would waste
+            facts = load_json(driver.artifact("trace").file(FACTS))
+            if note := assumed_note(facts["image"]):
+                log.warning(note)
+
+    driver = make_driver(job, store, last=last, reporter=listener.reporter, finished=finished)
     driver.run()
     return driver
 

@@ -29,6 +29,7 @@ def package_contents(build: Build, manifest: Mapping[str, Any]) -> dict[str, Pat
     contents: dict[str, Path | bytes] = {
         MODEL: model,
         FLOAT_MODEL: build.file("float", FLOAT_MODEL),
+        GOLDEN: build.file("golden", GOLDEN),
         "recipe.yaml": _recipe_yaml(manifest["recipe"]),
         "report.html": report_html(manifest, sheet.read_bytes()).encode(),
         "layers.csv": layers_csv(manifest).encode(),
@@ -36,7 +37,6 @@ def package_contents(build: Build, manifest: Mapping[str, Any]) -> dict[str, Pat
         "calib/quality.json": (to_json(manifest["calib"]) + "\n").encode(),
     }
     if job.runtime is not None:
-        contents[GOLDEN] = build.file("verify", GOLDEN)
         contents["parity.json"] = build.file("verify", PARITY)
     on_cpu = job.recipe.target != "trt"
     repository = triton_repository(model_name(job.recipe), model.read_bytes(), cpu=on_cpu)

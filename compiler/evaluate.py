@@ -20,6 +20,7 @@ from dfqc.compiler.errors import LoadError
 from dfqc.compiler.package import open_package
 
 BATCH = 64
+MIN_AGREEMENT = 99.0  # percent of the images on which simulation and engine predict the same
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ class Scores:
     def paired_error(self, first: str, second: str) -> float:
         """Return the standard error, in points, of the difference of two engines' top-1."""
         return paired_standard_error(self.agreement(first, second), len(self.labels))
+
+
+def agrees(percent: float, images: int) -> bool:
+    """Report whether simulation and engine predict alike: on 99 %, or on all images but one.
+
+    One tie that rounding decides otherwise is no fault, also among few images.
+    """
+    different = images * (100.0 - percent) / 100.0
+    return percent >= MIN_AGREEMENT or different <= 1 + 1e-6
 
 
 def score(

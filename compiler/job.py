@@ -6,6 +6,7 @@ here loads torch: an unchanged build is recognized from digests alone.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
 from dfqc.compiler._identity import is_zoo, model_digest
+from dfqc.compiler._imagefiles import find_images
 from dfqc.compiler.artifact import digest_of
 from dfqc.compiler.dataset import digest
 from dfqc.compiler.errors import EnvironmentFault, UsageError
@@ -20,6 +22,8 @@ from dfqc.compiler.package import MANIFEST
 
 if TYPE_CHECKING:
     from dfqc.compiler.recipe import Recipe
+
+log = logging.getLogger("dfqc.job")
 
 # What does not change the model that comes out: checks and limits around it.
 _AROUND = ("eval-data", "max-drop", "min-speedup", "batch", "threads", "budget", "memory")
@@ -52,6 +56,7 @@ class Job:
 def make_job(recipe: Recipe) -> Job:
     """Bind a recipe; raises `LoadError` for files that are missing or empty."""
     usable, runtime = plugins.load("target", recipe.target).available()
+    recipe = _fit_samples(recipe)
     return Job(
         recipe,
         _digest_model(recipe),
@@ -103,7 +108,28 @@ def check_output(folder: Path) -> None:
         ) from error
 
 
+def _fit_samples(recipe: Recipe) -> Recipe:
+    """Take all of a data set that is smaller than the number of samples nobody asked for."""
+    if not recipe.calib_data or "samples" in recipe.model_fields_set:
+        return recipe
+    count = len(find_images(Path(recipe.calib_data), need_labels=False)[1])
+    if count >= recipe.samples:
+        return recipe
+    log.warning(
+        "%s holds %d images: all of them calibrate (%d are usual; --samples says how many)",
+        recipe.calib_data,
+        count,
+        recipe.samples,
+    )
+    return recipe.model_copy(update={"samples": count})
+
+
 def _digest_model(recipe: Recipe) -> str:
+    if not recipe.pretrained and not is_zoo(recipe.model):
+        raise UsageError(
+            f"--no-pretrained goes with timm:NAME and torchvision:NAME; {recipe.model} brings its "
+            "own weights: leave the flag out"
+        )
     if recipe.arch is not None and is_zoo(recipe.model):
         raise UsageError(
             f"--arch {recipe.arch} goes with a file of weights; {recipe.model} names its own"

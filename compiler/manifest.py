@@ -18,10 +18,11 @@ from dfqc.compiler.errors import (
     ParityGateError,
     SpeedGateError,
 )
+from dfqc.compiler.evaluate import agrees
 from dfqc.compiler.job import Job
 from dfqc.compiler.package import MODEL, SCHEMA
 from dfqc.compiler.pipeline import Build
-from dfqc.compiler.stages import DATA, FACTS
+from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
 from dfqc.compiler.storage import INFO, NAMES, PLAN
 
@@ -75,7 +76,7 @@ def assemble(build: Build) -> dict[str, Any]:
         "parity": parity,
         "calib": _calib(build),
         "gates": gates,
-        "notes": _notes(job),
+        "notes": _notes(job, facts["image"]),
         "stages": [dataclasses.asdict(record) for record in build.records],
         "layers": _layers(build),
         "environment": _environment(job),
@@ -93,7 +94,8 @@ def check_gates(
         gates.append(_gate("parity", parity["argmax_agreement"], limit, passed))
         if parity["eval_agreement"] is not None:
             value = parity["eval_agreement"]
-            gates.append(_gate("parity_eval", value, limit, value >= limit))
+            passed = agrees(value, metrics["top1"]["images"])
+            gates.append(_gate("parity_eval", value, limit, passed))
     if (limit := job.recipe.max_drop) is not None:
         # Without labels the loss of top-1 is unknown; another name says that it is not that.
         name = "max_drop" if metrics["top1"]["images"] else "max_drop_agreement"
@@ -106,8 +108,12 @@ def check_gates(
 
 
 def exit_code(job: Job, gates: list[dict[str, Any]]) -> int:
-    """Return the code of the gravest failed gate, 8 if nothing could be verified, else 0."""
-    failed = [gate["name"] for gate in gates if not gate["passed"]]
+    """Return the code of the gravest failed gate, 8 if nothing could be verified, else 0.
+
+    Without a runtime, what was not measured has not failed.
+    """
+    unknown = [gate for gate in gates if job.runtime is None and gate["value"] is None]
+    failed = [gate["name"] for gate in gates if not gate["passed"] and gate not in unknown]
     for name, code in EXIT_CODES.items():
         if name in failed:
             return code
@@ -122,7 +128,7 @@ def verdict(manifest: Mapping[str, Any]) -> str:
         if not gate["passed"]
     ]
     if manifest["exit_code"] == EnvironmentFault.exit_code:
-        faults += manifest["notes"]
+        faults += manifest["notes"][:1]  # says why nothing was verified
     return "; ".join(faults)
 
 
@@ -202,7 +208,7 @@ def _calib(build: Build) -> dict[str, Any]:
         "score": about["info"]["bn_divergence"],
         "holdout_images": held_out["images"],
         "holdout_score": held_out["info"]["bn_divergence"],
-        **build.data("data", DATA).get("calib", {}),
+        **build.data("data", DATA).get("calib", {}),  # images that the data set has
     }
 
 
@@ -230,15 +236,17 @@ def _bits(raw: Mapping[str, int]) -> str:
     return f"w{raw['weight']}a{raw['act']}"
 
 
-def _notes(job: Job) -> list[str]:
+def _notes(job: Job, image: Mapping[str, Any]) -> list[str]:
+    assumed = assumed_note(image)
+    notes = [assumed] if assumed else []
     if job.runtime is not None:
-        return []
-    note = (
+        return notes
+    unverified = (
         f"Not verified: the runtime of target {job.recipe.target!r} cannot be used here "
         f"({job.no_runtime}). The model was written, checked as ONNX and simulated, but no "
         "engine was run"
     )
-    return [note]
+    return [unverified, *notes]
 
 
 def _environment(job: Job) -> dict[str, Any]:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx
 
 from dfqc.compiler.contracts import Lowered, Progress, QuantState, Runner, silent
+from dfqc.compiler.evaluate import MIN_AGREEMENT, agrees
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.simulate import FakeQuantize, TorchRunner, quantizer_target, simulated
 
 MAX_STEPS = 1  # of a tensor's own scale
 MAX_SHARE = 0.02  # of a tensor's values; average pools of few codes tie most often
-MIN_AGREEMENT = 99.0  # percent of the images whose arg-max is equal, network by network
 OUTPUT_TOLERANCE = 1e-4  # of the largest output, when both sides read the same codes
 
 
@@ -67,7 +67,7 @@ class ParityReport:
         return (
             all(row.passed for row in self.layers)
             and self.output_error <= OUTPUT_TOLERANCE
-            and self.argmax_agreement >= MIN_AGREEMENT
+            and agrees(self.argmax_agreement, self.images)
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def _plan_options(job: Job) -> Mapping[str, Any]:
 
 
 def _data_options(job: Job) -> Mapping[str, Any]:
-    return {"calib-data": job.calib_digest, "eval-data": job.eval_digest}
+    digests = {"calib-data": job.calib_digest, "eval-data": job.eval_digest}
+    return {**_pick("synth", "samples")(job), **digests}
 
 
 def _synthesize_options(job: Job) -> Mapping[str, Any]:
@@ -118,8 +119,8 @@ STAGES: tuple[Stage, ...] = (
         options=_plan_options,
         code=_modules("plan"),
     ),
-    # The data sets are read now, not when they are needed: an empty folder or a label out of
-    # range must not cost an hour of synthesis.
+    # What the images need is checked now, not when they are needed: an empty folder, too few
+    # images, a label out of range or missing batch norms must not cost an hour of synthesis.
     Stage(
         "data",
         ("trace",),
@@ -196,6 +197,18 @@ STAGES: tuple[Stage, ...] = (
         environment=_versions(*_EXPORTERS),
         code=_backend("sizes"),
     ),
+    # What the simulation computes: another machine, with or without this one's runtime, checks its
+    # engine against it.
+    Stage(
+        "golden",
+        ("fold", "holdout", "correct", "lower"),
+        stages_engine.golden,
+        stages_engine.save_golden,
+        stages_engine.load_golden,
+        options=_pick("target"),
+        environment=_versions("torch"),
+        code=_backend("simulate", "verify_package"),
+    ),
     # Before any figure is believed: does the engine compute what was simulated?
     Stage(
         "verify",
@@ -205,7 +218,7 @@ STAGES: tuple[Stage, ...] = (
         stages_engine.load_verdict,
         options=_pick("target"),
         environment=_engine,
-        code=_backend("parity", "verify_package"),
+        code=_backend("parity"),
     ),
     Stage(
         "evaluate",

@@ -140,6 +140,7 @@ def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
         raise UsageError(_explain(error, where)) from None
     if "samples" not in values:
         recipe = recipe.model_copy(update={"samples": SAMPLES[recipe.effort]})
+        recipe.model_fields_set.discard("samples")  # nobody gave it: a small data set may lower it
     check_recipe(recipe)
     return recipe
 

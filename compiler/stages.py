@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dfqc.compiler import machine, plugins
 from dfqc.compiler.contracts import ImageSpec, Lowered, QuantState
 from dfqc.compiler.driver import Context
-from dfqc.compiler.errors import EnvironmentFault
+from dfqc.compiler.errors import EnvironmentFault, LoadError, UnsupportedError
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.spec import Plan
@@ -102,20 +102,45 @@ def plan(context: Context) -> Plan:
 
 
 def check_data(context: Context) -> dict[str, Any]:
-    """Open the data sets of the recipe before they are needed; labels must fit the model."""
+    """Check what will calibrate and what will judge before they are needed; both fit the model."""
     from dfqc.compiler.dataset import check_labels, open_dataset
 
     recipe, facts = context.settings.recipe, load_json(context.path("trace", FACTS))
     image = image_spec(facts["image"])
     found: dict[str, Any] = {}
+    require_batch_norm(recipe.synth, facts["batch_norm"])
     if recipe.calib_data:
         calib = open_dataset(Path(recipe.calib_data), image, need_labels=False)
-        found["calib"] = {"source": calib.source, "images": len(calib)}
+        if len(calib) < recipe.samples:
+            raise LoadError(
+                f"{recipe.calib_data}: holds {len(calib)} images and {recipe.samples} were asked "
+                f"for; give more images or --samples {len(calib)}"
+            )
+        found["calib"] = {"available": len(calib)}
     if recipe.eval_data:
+        if facts["classes"] is None:
+            raise UnsupportedError(
+                "--eval-data measures top-1, for which the model's output must be (n, classes); "
+                "this model's has another shape: build without --eval-data"
+            )
         labelled = open_dataset(Path(recipe.eval_data), image)
         check_labels(labelled, facts["classes"])
         found["eval"] = {"source": labelled.source, "images": len(labelled)}
     return found
+
+
+def require_batch_norm(name: str, present: bool) -> None:
+    """Refuse a synthesizer that has nothing to match, and name those that work (exit 4)."""
+    if present or not plugins.load("synthesizer", name).NEEDS_BN:
+        return
+    names = plugins.available("synthesizer")
+    needing = [n for n in names if plugins.load("synthesizer", n).NEEDS_BN]
+    others = [n for n in names if n not in needing]
+    raise UnsupportedError(
+        f"--synth {name}: the model has no batch norm, whose statistics {name} matches; "
+        f"synthesizers that need batch norms: {', '.join(needing)}; "
+        f"that do not: {', '.join(others)}"
+    )
 
 
 def save_data(value: Mapping[str, Any], folder: Path) -> None:
@@ -132,6 +157,20 @@ def image_spec(facts: Mapping[str, Any]) -> ImageSpec:
     """Rebuild the preprocessing from the facts of a trace."""
     tuples = {name: tuple(facts[name]) for name in ("size", "mean", "std")}
     return ImageSpec(**{**facts, **tuples})
+
+
+def assumed_note(image: Mapping[str, Any]) -> str:
+    """Say what was taken for preprocessing where nobody gave it; empty if somebody did."""
+    if not image["assumed"]:
+        return ""
+    mean, std = (",".join(map(str, image[name])) for name in ("mean", "std"))
+    size = "x".join(map(str, image["size"]))
+    resize = image["resize"]
+    how = f"to {resize} on the shorter side" if resize else "until they just cover the input"
+    return (
+        f"Preprocessing was assumed to be ImageNet's: mean {mean}, std {std}, input {size}, images "
+        f"resized {how}; a model trained otherwise needs --mean, --std, --input-size and --resize"
+    )
 
 
 def quantize(context: Context) -> QuantState:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from dfqc.compiler import plugins
 from dfqc.compiler.contracts import CalibSet, ImageSpec, Progress
 from dfqc.compiler.driver import Context
-from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.stages import device_of
 from dfqc.compiler.storage import load_calib, save_calib
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from dfqc.compiler.graph import Graph
 
 SHEET = "contact_sheet.png"
 HELD_OUT = 128  # images of the held-out set
@@ -48,7 +46,6 @@ def synthesize(context: Context) -> tuple[CalibSet, bytes]:
     if recipe.calib_data:
         overrides["path"] = recipe.calib_data
     options = plugin_options(plugin, recipe.synth, recipe.effort, overrides)
-    require_batch_norm(context.value("trace"), recipe.synth)
     return _finished(context, make_images(context, recipe.synth, options, recipe.samples))
 
 
@@ -147,19 +144,3 @@ def save_calibration(value: tuple[CalibSet, bytes], folder: Path) -> None:
     """Write the images and their contact sheet."""
     save_calib(value[0], folder)
     (folder / SHEET).write_bytes(value[1])
-
-
-def require_batch_norm(graph: Graph, name: str) -> None:
-    """Refuse a synthesizer that has nothing to match, and name those that work (exit 4)."""
-    from dfqc.compiler.graph import has_batch_norm
-
-    if not plugins.load("synthesizer", name).NEEDS_BN or has_batch_norm(graph):
-        return
-    names = plugins.available("synthesizer")
-    needing = [n for n in names if plugins.load("synthesizer", n).NEEDS_BN]
-    others = [n for n in names if n not in needing]
-    raise UnsupportedError(
-        f"--synth {name}: the model has no batch norm, whose statistics {name} matches; "
-        f"synthesizers that need batch norms: {', '.join(needing)}; "
-        f"that do not: {', '.join(others)}"
-    )

@@ -1,4 +1,4 @@
-"""What each stage on the lowered model does: parity, fidelity and accuracy, latency.
+"""What each stage on the lowered model does: golden values, parity, accuracy, latency.
 
 In: a context whose `lower` stage is done. Out: plain data for the manifest.
 """
@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING, Any
 from dfqc.compiler import machine
 from dfqc.compiler.driver import Context
 from dfqc.compiler.job import Job
-from dfqc.compiler.package import to_json
+from dfqc.compiler.package import GOLDEN, to_json
 from dfqc.compiler.stages import FACTS, image_spec
 from dfqc.compiler.storage import FLOAT_MODEL, MODEL, load_json, save_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-
     from dfqc.compiler.contracts import Runner
     from dfqc.compiler.verify_package import Golden
 
@@ -34,11 +30,37 @@ _LAYER_IMAGES = 32
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of the parity check, and what another machine needs to repeat it."""
+    """Outcome of the parity check, and the kernels that the engine runs."""
 
     report: Mapping[str, Any]
     executed: Mapping[str, str]
-    golden: Golden
+
+
+def golden(context: Context) -> Golden:
+    """Return what the simulation computes, for other machines to repeat; needs no engine."""
+    from dfqc.compiler.simulate import TorchRunner, simulated
+    from dfqc.compiler.verify_package import CODE_IMAGES, Golden
+
+    lowered = context.value("lower")
+    inputs = context.value("holdout").images[:_GOLDEN_IMAGES].numpy()
+    reference = TorchRunner(simulated(context.value("fold"), context.value("correct")))
+    codes = dict(reference.codes(inputs[:CODE_IMAGES], list(lowered.taps)))
+    del codes["output"]
+    return Golden(inputs, reference.infer(inputs), codes, lowered.taps, lowered.layers)
+
+
+def save_golden(value: Golden, folder: Path) -> None:
+    """Write golden.npz."""
+    from dfqc.compiler.verify_package import write_golden
+
+    write_golden(folder / GOLDEN, value)
+
+
+def load_golden(folder: Path) -> Golden:
+    """Read it."""
+    from dfqc.compiler.verify_package import read_golden
+
+    return read_golden(folder / GOLDEN)
 
 
 def verify(context: Context) -> Verdict:
@@ -51,17 +73,12 @@ def verify(context: Context) -> Verdict:
     with _opened(context.settings, context.path("lower", MODEL)) as runner:
         report = check_parity(graph, state, lowered, runner, images, progress=context.progress())
     executed = job.backend.executed(context.path("lower", MODEL), lowered.layers)
-    golden = _golden(graph, state, lowered, images[:_GOLDEN_IMAGES].numpy())
-    return Verdict(report.to_json(), executed, golden)
+    return Verdict(report.to_json(), executed)
 
 
 def save_verdict(verdict: Verdict, folder: Path) -> None:
-    """Write the report and golden.npz."""
-    from dfqc.compiler.package import GOLDEN
-    from dfqc.compiler.verify_package import write_golden
-
+    """Write the report."""
     save_json(dict(verdict.report) | {"executed": dict(verdict.executed)}, folder / PARITY)
-    write_golden(folder / GOLDEN, verdict.golden)
 
 
 def load_verdict(folder: Path) -> Any:
@@ -168,17 +185,6 @@ def load_latency(folder: Path) -> Any:
 def bench_threads(job: Job) -> int:
     """Return the threads of the latency measurement."""
     return job.recipe.threads or machine.cpu_count()
-
-
-def _golden(graph: Any, state: Any, lowered: Any, inputs: np.ndarray) -> Golden:
-    from dfqc.compiler.simulate import TorchRunner, simulated
-    from dfqc.compiler.verify_package import CODE_IMAGES, Golden
-
-    reference = TorchRunner(simulated(graph, state))
-    names: Sequence[str] = list(lowered.taps)
-    codes = dict(reference.codes(inputs[:CODE_IMAGES], names))
-    del codes["output"]
-    return Golden(inputs, reference.infer(inputs), codes, lowered.taps, lowered.layers)
 
 
 @contextlib.contextmanager

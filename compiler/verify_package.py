@@ -20,7 +20,7 @@ import onnx
 
 from dfqc.compiler import plugins
 from dfqc.compiler.contracts import Runner
-from dfqc.compiler.errors import LoadError
+from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.inspection import output_step
 from dfqc.compiler.package import GOLDEN, MODEL, Package, file_faults, open_package
 
@@ -106,6 +106,7 @@ def run_verify(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
 
     Raises:
         LoadError: not a package, or changed since it was written, or not valid ONNX.
+        EnvironmentFault: all that is well, but the target's engine cannot be opened here.
     """
     package = open_package(folder)
     faults = file_faults(package)
@@ -121,11 +122,17 @@ def run_verify(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
     if not (package.folder / GOLDEN).is_file():
         raise LoadError(
             f"{folder}: has no {GOLDEN}, so there is nothing to compare the engine with; "
-            "build it on a machine that has the target's runtime"
+            "build it again"
         )
     golden = read_golden(package.folder / GOLDEN)
     backend = plugins.load("target", package.target)
-    runner = backend.open_runner(package.engine, threads=threads)
+    try:
+        runner = backend.open_runner(package.engine, threads=threads)
+    except EnvironmentFault as error:
+        raise EnvironmentFault(
+            f"{folder}: files as written, model valid, metadata as in the manifest, but no engine "
+            f"can be compared with the simulation: {error}"
+        ) from error
     try:
         parity = check_golden(golden, runner, model, package.manifest)
     finally:

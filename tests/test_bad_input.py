@@ -184,6 +184,42 @@ def test_labels_out_of_range_are_said_before_synthesis(build, workspace):
     assert stages == {"trace", "plan"}
 
 
+def stages_of(workspace):
+    return {json.loads(p.read_text())["stage"] for p in workspace.cache.rglob("artifact.json")}
+
+
+def test_missing_batch_norms_are_said_before_synthesis(build, workspace):
+    message = build(*workspace.weights("no_norm"), *QUICK, code=4)
+    assert "--synth zeroq: the model has no batch norm" in message
+    assert stages_of(workspace) == {"trace", "plan"}
+
+
+@pytest.mark.parametrize("verb", ["build", "plan"])
+def test_more_samples_than_images_are_said_before_any_are_read(capsys, workspace, verb):
+    data = workspace.images(24)
+    output = ("-o", workspace.root / "package") if verb == "build" else ()
+    given = (*workspace.weights(), "--calib-data", data, "--samples", "25", *output)
+    done = run(capsys, workspace, verb, *given)
+    assert done.code == 3
+    assert "holds 24 images and 25 were asked for" in done.user_fault
+    assert stages_of(workspace) == {"trace", "plan"}
+
+
+def test_top1_of_a_model_that_has_no_classes(build, workspace):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    path = workspace.root / "maps.pt2"
+    torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 3, 16, 16),)), path)
+    given = (path, *workspace.weights()[3:], *QUICK)
+    message = build(*given, "--eval-data", workspace.images(), code=4)
+    assert "the model's output must be (n, classes)" in message
+
+
+def test_no_pretrained_with_a_file_of_weights(build, workspace):
+    message = build(*workspace.weights(), "--no-pretrained", code=2)
+    assert "--no-pretrained goes with timm:NAME and torchvision:NAME" in message
+
+
 def test_data_without_labels(build, workspace):
     path = workspace.root / "unlabelled.npz"
     np.savez(path, images=np.zeros((4, 16, 16, 3), np.uint8))

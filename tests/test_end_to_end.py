@@ -198,6 +198,8 @@ def test_real_images_calibrate(shared, capsys):
     data = shared.images(40)
     manifest = build(capsys, shared, "--calib-data", data, output="real")
     assert manifest["calib"]["method"] == "images"
+    assert manifest["calib"]["source"] == "images/images-40-10-0"
+    assert (manifest["calib"]["images"], manifest["calib"]["available"]) == (8, 40)
     other = build(capsys, shared, "--calib-data", shared.images(40, seed=1), output="real")
     assert "synthesize" not in stored_stages(other)  # content, not names, is the key
 
@@ -263,6 +265,45 @@ def test_a_missing_runtime_leaves_an_unverified_package(shared, capsys, monkeypa
     assert manifest["metrics"]["latency_ms"]["engine"] is None
     assert "not installed here" in manifest["notes"][0]
     assert {s["name"] for s in manifest["stages"]}.isdisjoint({"verify", "bench"})
+    monkeypatch.undo()  # a machine that has the runtime verifies it
+    done = run(capsys, shared, "verify", shared.root / "unverified", "--json")
+    assert done.code == 0, done.err
+    assert done.json["parity"]["argmax_agreement"] == 100
+
+
+def test_a_package_for_trt_is_checked_as_far_as_can_be(shared, capsys):
+    build(capsys, shared, "--target", "trt", output="trt", code=8)
+    folder = shared.root / "trt"
+    assert (folder / "golden.npz").is_file()
+    done = run(capsys, shared, "verify", folder)
+    assert done.code == 8
+    assert "files as written, model valid" in done.user_fault
+    assert "trtexec" in done.user_fault
+    (folder / "model.onnx").write_bytes(b"other")
+    assert run(capsys, shared, "verify", folder).code == 3
+
+
+def test_assumed_preprocessing_is_said(shared, capsys):
+    given = [*shared.weights()[:5], *QUICK]
+    done = run(capsys, shared, "build", *given, "-o", shared.root / "assumed", "--json")
+    assert done.code == 0, done.err
+    for text in (done.err, done.json["notes"][0]):
+        assert "assumed to be ImageNet's: mean 0.485,0.456,0.406" in text
+        assert "input 3x16x16" in text
+        assert "--mean, --std, --input-size and --resize" in text
+    for verb in ("plan", "synth"):  # also where the trace is stored
+        output = () if verb == "plan" else ("-o", shared.root / "assumed.npz")
+        assert "assumed to be ImageNet's" in run(capsys, shared, verb, *given, *output).err
+    assert "assumed" not in run(capsys, shared, "plan", *shared.weights(), *QUICK).err
+
+
+def test_a_small_data_set_calibrates_as_a_whole(shared, capsys):
+    arguments = (*shared.weights(), "--calib-data", shared.images(40), "--threads", "1")
+    output = ("-o", shared.root / "small", "--json")
+    done = run(capsys, shared, "build", *arguments, *output)
+    assert done.code == 0, done.err
+    assert "holds 40 images: all of them calibrate (256 are usual" in done.err
+    assert done.json["calib"]["images"] == done.json["recipe"]["samples"] == 40
 
 
 def labelled_by_float(workspace):

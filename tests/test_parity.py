@@ -176,6 +176,8 @@ def rows(**changes):
         (rows(max_steps=2, share=1e-6), {}, False),
         (rows(share=0.03), {}, False),
         (rows(), {"argmax_agreement": 98.9}, False),
+        (rows(), {"argmax_agreement": 100 * 15 / 16, "images": 16}, True),
+        (rows(), {"argmax_agreement": 100 * 14 / 16, "images": 16}, False),
         (rows(), {"output_error": 2e-4}, False),
         (rows(), {"output_error": float("nan")}, False),
         ((), {}, True),

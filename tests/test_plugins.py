@@ -13,11 +13,12 @@ import models
 from dfqc.compiler import contracts, plugins
 from dfqc.compiler.contracts import CalibSet, QuantState
 from dfqc.compiler.errors import UsageError
+from dfqc.compiler.graph import has_batch_norm
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.plan import make_plan
 from dfqc.compiler.spec import Bits, TargetSpec
-from dfqc.compiler.stages_calib import require_batch_norm
+from dfqc.compiler.stages import require_batch_norm
 from dfqc.compiler.storage import load_calib, load_state, save_calib, save_state
 
 CPU = torch.device("cpu")
@@ -213,9 +214,9 @@ def test_needs_bn_tells_the_truth(name, image_file):
     graph = models.trace_tiny("no_norm")
     if plugins.load("synthesizer", name).NEEDS_BN:
         with pytest.raises(Exception, match=r"need batch norms: .*\bzeroq\b.*do not: .*\bnoise\b"):
-            require_batch_norm(graph, name)
+            require_batch_norm(name, has_batch_norm(graph))
     else:
-        require_batch_norm(graph, name)
+        require_batch_norm(name, has_batch_norm(graph))
         assert len(synthesize(name, "no_norm", image_file, 0).images) == 4
 
 
