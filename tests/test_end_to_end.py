@@ -198,7 +198,7 @@ def test_real_images_calibrate(shared, capsys):
     data = shared.images(40)
     manifest = build(capsys, shared, "--calib-data", data, output="real")
     assert manifest["calib"]["method"] == "images"
-    assert manifest["calib"]["source"] == "images/images-40-10-0"
+    assert manifest["calib"]["source"] == "images/images-40-10-0.npz"
     assert (manifest["calib"]["images"], manifest["calib"]["available"]) == (8, 40)
     other = build(capsys, shared, "--calib-data", shared.images(40, seed=1), output="real")
     assert "synthesize" not in stored_stages(other)  # content, not names, is the key
