@@ -1,0 +1,72 @@
+"""Iterations of an optimization: how many were planned and the time for them in, a count out.
+
+A run that may take only so long plans fewer iterations and goes through its whole schedule, instead
+of breaking off a longer one in the middle: half-annealed images are worse than quickly annealed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+_MEASURED = 3  # iterations before the rest is planned; the first one also allocates
+
+
+class Steps:
+    """Yields 0, 1, ... for as many iterations as were planned, or as fit into `seconds`.
+
+    Attributes:
+        planned: what was asked for.
+        total: what it will be, as far as is known now.
+    """
+
+    def __init__(
+        self,
+        planned: int,
+        seconds: float | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.planned = self.total = planned
+        self.done = 0
+        self._seconds, self._clock = seconds, clock
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the number of each iteration, at least one."""
+        start = second = self._clock()
+        while self.done < self.total:
+            yield self.done
+            self.done += 1
+            if self._seconds is None:
+                continue
+            now = self._clock()
+            if self.done == 1:
+                second = now
+            elif self.done >= min(_MEASURED, self.planned) or now - start > self._seconds:
+                each = (now - second) / (self.done - 1)
+                left = self._seconds - (now - start)
+                fitting = self.done + max(0, math.floor(left / each)) if each > 0 else self.planned
+                self.total = min(self.planned, fitting)
+
+    @property
+    def fraction(self) -> float:
+        """Return the share that is done, 0..1: what schedules depend on."""
+        return min(self.done / max(self.total, 1), 1.0)
+
+    @property
+    def shortened(self) -> bool:
+        """Report whether the time was too short for what was planned."""
+        return self.total < self.planned
+
+
+def anneal(fraction: float) -> float:
+    """Return the factor of a rate that is held for half of the time and then falls to 0."""
+    return min(1.0, 2 * (1 - fraction))
+
+
+def cosine(fraction: float, *, warm_up: float = 0.0) -> float:
+    """Return the factor of a rate that rises linearly over `warm_up` and falls as a cosine to 0."""
+    if fraction < warm_up:
+        return fraction / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (fraction - warm_up) / (1 - warm_up)))
