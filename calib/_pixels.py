@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dfqc.compiler.contracts import ImageSpec
@@ -21,6 +22,23 @@ PIXEL_STD = 0.225
 # What 0 and 1 are in z.
 Z_LOW = (0.0 - PIXEL_MEAN) / PIXEL_STD
 Z_HIGH = (1.0 - PIXEL_MEAN) / PIXEL_STD
+
+
+class ImageOptions(BaseModel):
+    """What every synthesizer that optimizes images lets its user choose.
+
+    `batch_size`: images optimized together; they match the statistics together.
+    `clip`: keep every pixel in the range of real ones, the only ones that an engine's input grid
+    has; it was worth about 1 dB of output SQNR at W8A8 on the CIFAR nets.
+    `low_pass`: cut-off of a Gaussian low-pass filter over the finished images in cycles per pixel,
+    None for no filter. SynQ (Kim et al. 2025) takes 40 to 80 of 224 frequencies: 0.18 to 0.36.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(64, ge=1)
+    clip: bool = True
+    low_pass: float | None = Field(None, gt=0)
 
 
 @dataclass(frozen=True)
@@ -46,3 +64,26 @@ def pixel_map(image: ImageSpec, device: torch.device) -> PixelMap:
     )
     gain, offset = PIXEL_STD / std, (PIXEL_MEAN - mean) / std
     return PixelMap(gain.float().to(device), offset.float().to(device))
+
+
+def finish(z: Tensor, pixels: PixelMap, options: ImageOptions) -> Tensor:
+    """Filter and clip as the options say; return normalized images (n, c, h, w) on the CPU."""
+    z = z.detach()
+    if options.low_pass is not None:
+        z = filter_low(z, options.low_pass)
+    if options.clip:
+        z = z.clamp(Z_LOW, Z_HIGH)
+    return pixels.to_normalized(z).contiguous().cpu()
+
+
+def filter_low(z: Tensor, cutoff: float) -> Tensor:
+    """Multiply the spectrum of (n, c, h, w) by exp(-f^2 / (2 cutoff^2)), f in cycles per pixel.
+
+    SynQ (Kim et al. 2025): synthetic images have more energy at high frequencies than photographs.
+    """
+    height, width = z.shape[-2:]
+    rows = torch.fft.fftfreq(height, device=z.device).unsqueeze(1)
+    columns = torch.fft.rfftfreq(width, device=z.device)
+    gain = torch.exp(-(rows.square() + columns.square()) / (2 * cutoff**2))
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(z) * gain, s=(height, width))
+    return filtered

@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from dfqc.compiler.contracts import CalibSet, Progress, silent
+from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.dataset import open_dataset
 from dfqc.compiler.errors import LoadError
 from dfqc.compiler.graph import Graph
 
 NEEDS_BN = False
+NEEDS_CLASSES = False
+USES_ZOO = False
+CARRIES = False
 
 _READ = 64  # images decoded at a time
 
@@ -37,6 +40,7 @@ def synthesize(
     rng: torch.Generator,
     device: torch.device,
     progress: Progress = silent,
+    supplies: Supplies = Supplies(),
 ) -> CalibSet:
     """Return `count` images drawn without replacement, with their labels if they have any.
 

@@ -15,10 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
-from dfqc.compiler.contracts import CalibSet, Progress, silent
+from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph
 
 NEEDS_BN = False
+NEEDS_CLASSES = False
+USES_ZOO = False
+CARRIES = False
 
 Kind = Literal["gaussian", "pink", "uniform"]
 
@@ -51,6 +54,7 @@ def synthesize(
     rng: torch.Generator,
     device: torch.device,
     progress: Progress = silent,
+    supplies: Supplies = Supplies(),
 ) -> CalibSet:
     """Return `count` images for the preprocessing of `graph`; its weights are not used.
 

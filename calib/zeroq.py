@@ -21,10 +21,13 @@ from torch import Tensor
 from dfqc.calib import _bns
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, PixelMap, pixel_map
 from dfqc.calib.noise import draw
-from dfqc.compiler.contracts import CalibSet, Progress, silent
+from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph
 
 NEEDS_BN = True
+NEEDS_CLASSES = False
+USES_ZOO = False
+CARRIES = False
 
 # Changes to the defaults of `Options`. Measured, in CPU seconds: 18 and 35 for 256 images of a
 # CIFAR ResNet-20 (quick and standard), 45 for 128 images of a 0.25 MobileNet at 224 pixels (quick).
@@ -79,6 +82,7 @@ def synthesize(
     rng: torch.Generator,
     device: torch.device,
     progress: Progress = silent,
+    supplies: Supplies = Supplies(),
 ) -> CalibSet:
     """Return one batch of `count` images; on a CPU, equal seeds give equal images.
 

@@ -48,12 +48,36 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class CalibSet:
-    """Calibration images in normalized space, (n, c, h, w) float32, with labels (n,) or None."""
+    """Calibration images in normalized space, (n, c, h, w) float32, with labels (n,) or None.
+
+    `carry` holds what the next batch of the same run may start from: a trained generator, say.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor | None
     source: str  # name of the synthesizer, or of the data set
     info: Mapping[str, Any] = field(default_factory=dict)
+    carry: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Supplies:
+    """What a synthesizer may use for one batch, beside the model.
+
+    Attributes:
+        zoo: other models of the same classes in the same order, traced at the model's input size;
+            each has its own preprocessing.
+        labels: classes of the images to make, (count,) int64, balanced over the whole set; None
+            for a model that does not classify.
+        carry: `CalibSet.carry` of the batch before; empty for the first.
+        seconds: wall-clock the batch may take. A synthesizer does less work where the planned does
+            not fit, and then sets `shortened` in its info to True. None: as long as it takes.
+    """
+
+    zoo: Sequence[Graph] = ()
+    labels: torch.Tensor | None = None
+    carry: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,14 +154,17 @@ class Runner(Protocol):
 
 
 class Synthesizer(Protocol):
-    """A module `dfqc.calib.<name>`: `Options` (frozen pydantic), `NEEDS_BN`, `synthesize`.
+    """A module `dfqc.calib.<name>`: `Options` (frozen pydantic), four constants, `synthesize`.
 
     `synthesize` makes ONE batch of `count` images; the driver splits a request into batches of
     `Options.batch_size`, gives each its own seeded `rng` and stores each as it is finished.
     """
 
     Options: type[Any]
-    NEEDS_BN: bool
+    NEEDS_BN: bool  # matches batch-norm statistics
+    NEEDS_CLASSES: bool  # makes images of given classes
+    USES_ZOO: bool  # reads `Supplies.zoo`
+    CARRIES: bool  # a batch may start from what the one before left in `CalibSet.carry`
 
     def synthesize(
         self,
@@ -148,6 +175,7 @@ class Synthesizer(Protocol):
         rng: torch.Generator,
         device: torch.device,
         progress: Progress = silent,
+        supplies: Supplies = Supplies(),
     ) -> CalibSet:
         """Return `count` images; the graph is unfolded (batch norms present)."""
         ...
