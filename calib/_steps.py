@@ -55,6 +55,15 @@ class Steps:
         return min(self.done / max(self.total, 1), 1.0)
 
     @property
+    def left(self) -> int:
+        """Return how many iterations are still to come."""
+        return self.total - self.done
+
+    def end_in(self, count: int) -> None:
+        """Plan only `count` more: nothing is gained by the others."""
+        self.planned = self.total = self.done + count
+
+    @property
     def shortened(self) -> bool:
         """Report whether the time was too short for what was planned."""
         return self.total < self.planned

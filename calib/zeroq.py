@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from dfqc.calib import _bns
-from dfqc.calib._pixels import Z_HIGH, Z_LOW, PixelMap, pixel_map
+from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, PixelMap, finish, pixel_map
+from dfqc.calib._steps import Steps
 from dfqc.calib.noise import draw
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph
@@ -46,7 +47,7 @@ _PLATEAU, _LOWEST_LR = 100, 1e-4  # published
 _GAIN = 0.01  # a loss has fallen if it is this much below the lowest one before
 
 
-class Options(BaseModel):
+class Options(ImageOptions):
     """How the images are optimized; step sizes are in standardized pixels (see `_pixels`).
 
     `statistic`: match the moments of the batch, or of every image by itself.
@@ -57,21 +58,16 @@ class Options(BaseModel):
     with that; `plateau` ends when `lr` is as low as it gets.
     `loss`: `relative` weighs layers alike, `std` is as published, `kl` is that of The Knowledge
     Within, which falls slowly: in a short run it hardly improves on pink noise.
-    `clip`: keep every pixel in the range of real ones, the only ones that an engine's input grid
-    has; it was worth about 1 dB of output SQNR at W8A8 on the CIFAR nets. Published: no clipping.
+    `clip` holds after every step. Published: no clipping.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     iterations: int = Field(80, ge=1)
-    batch_size: int = Field(64, ge=1)
     lr: float = Field(0.2, gt=0)
     schedule: Literal["anneal", "plateau"] = "anneal"
     patience: int = Field(50, ge=0)
     statistic: Literal["batch", "per_image"] = "batch"
     loss: Literal["relative", "std", "kl"] = "relative"
     init: Literal["pink", "gaussian"] = "pink"
-    clip: bool = True
 
 
 def synthesize(
@@ -93,20 +89,24 @@ def synthesize(
     pixels = pixel_map(graph.image, device)
     z = draw(options.init, count, graph.image.size, rng).to(device)
     z = z.contiguous(memory_format=torch.channels_last)
-    losses = _optimize(z, teacher, pixels, options, progress)
-    images = pixels.to_normalized(z).contiguous()
-    distances = _bns.bn_distance(graph, images, device=device)
+    steps = Steps(options.iterations, supplies.seconds)
+    losses = _optimize(z, teacher, pixels, options, steps, progress)
     info = {
         "first_loss": losses[0],
         "loss": losses[-1],
-        "iterations": len(losses),
-        "bn_distance": sum(distances.values()) / len(distances),
+        "iterations": steps.done,
+        "shortened": steps.shortened,
     }
-    return CalibSet(images.cpu(), None, "zeroq", info)
+    return CalibSet(finish(z, pixels, options), None, "zeroq", info)
 
 
 def _optimize(
-    z: Tensor, teacher: _bns.BNTeacher, pixels: PixelMap, options: Options, progress: Progress
+    z: Tensor,
+    teacher: _bns.BNTeacher,
+    pixels: PixelMap,
+    options: Options,
+    steps: Steps,
+    progress: Progress,
 ) -> list[float]:
     """Optimize `z` in place; return the loss before every step."""
     per_image = options.statistic == "per_image"
@@ -114,10 +114,9 @@ def _optimize(
     stored = [_standard(z), *teacher.stored]
     leaf = z.detach().requires_grad_()  # shares the memory of z
     optimizer = torch.optim.Adam([leaf], lr=options.lr)
-    schedule = (_Anneal if options.schedule == "anneal" else _Plateau)(optimizer, options)
+    schedule = (_Anneal if options.schedule == "anneal" else _Plateau)(optimizer, options, steps)
     losses: list[float] = []
-    finished = False
-    while not finished:
+    for _ in steps:
         found = [_bns.moments(leaf, per_image=per_image)]
         found += teacher(pixels.to_normalized(leaf)).moments
         loss = loss_of(found, stored)
@@ -127,9 +126,10 @@ def _optimize(
         if options.clip:
             z.clamp_(Z_LOW, Z_HIGH)
         losses.append(loss.item())
-        finished = schedule.step(losses[-1])
-        done = options.iterations if finished else len(losses)
-        progress(done, options.iterations, f"loss {losses[-1]:.3g}")
+        progress(steps.done + 1, options.iterations, f"loss {losses[-1]:.3g}")
+        schedule.step(losses[-1])
+    if steps.done < options.iterations:
+        progress(options.iterations, options.iterations, f"loss {losses[-1]:.3g}")
     return losses
 
 
@@ -157,37 +157,37 @@ class _Flatness:
 class _Anneal:
     """Hold the learning rate, then lower it linearly to 0; see `Options`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
-        self.optimizer, self.lr = optimizer, options.lr
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Options, steps: Steps) -> None:
+        self.optimizer, self.steps, self.lr = optimizer, steps, options.lr
         self.flatness = _Flatness(options.patience)
-        self.length = options.iterations // 2
-        self.turn = options.iterations - self.length
-        self.done = 0
+        self.length: int | None = None  # of the fall, once it has begun early
 
-    def step(self, loss: float) -> bool:
-        """Set the rate of the next iteration; report whether there is none."""
-        self.done += 1
-        if self.flatness.after(loss):
-            self.turn = min(self.turn, self.done)
-        falling = self.done - self.turn
-        if falling >= 0:
-            self.optimizer.param_groups[0]["lr"] = self.lr * (1 - (falling + 1) / (self.length + 1))
-        return falling >= self.length
+    def step(self, loss: float) -> None:
+        """Set the rate of the next iteration."""
+        steps = self.steps
+        half = steps.total // 2
+        left = steps.left - 1  # behind the one that is just ending
+        if self.flatness.after(loss) and self.length is None and left > half:
+            self.length = half
+            steps.end_in(half + 1)
+            left = half
+        length = half if self.length is None else self.length
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, left / (length + 1))
 
 
 class _Plateau:
     """Lower the learning rate tenfold when the loss is flat, as published; see `Options`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Options, steps: Steps) -> None:
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, patience=_PLATEAU, min_lr=_LOWEST_LR
         )
         self.flatness = _Flatness(options.patience)
-        self.left = options.iterations
+        self.steps = steps
 
-    def step(self, loss: float) -> bool:
-        """Set the rate of the next iteration; report whether there is none."""
-        self.left -= 1
+    def step(self, loss: float) -> None:
+        """Set the rate of the next iteration; end where it is as low as it gets."""
         self.schedule.step(loss)
         lowest = bool(self.schedule.get_last_lr()[0] <= _LOWEST_LR)
-        return (self.flatness.after(loss) and lowest) or self.left == 0
+        if self.flatness.after(loss) and lowest:
+            self.steps.end_in(1)
