@@ -18,12 +18,13 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dfqc.compiler import _calibfile
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Pixels = NDArray[np.uint8]  # (h, w, c)
+Pixels = NDArray[np.uint8] | NDArray[np.float32]  # (h, w, c), 0..255
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 UNLABELED = -1
 _SPLITS = {"test", "train", "val", "valid", "validation"}
@@ -43,8 +44,13 @@ class ImageSource(Protocol):
 def find_images(path: Path, need_labels: bool) -> tuple[ImageSource, NDArray[np.int64]]:
     """Return the images under `path` and their labels, `UNLABELED` where they have none."""
     if path.is_file():
+        if path.suffix == _calibfile.SUFFIX:
+            return _open_tensors(path, need_labels)
         if path.suffix != ".npz":
-            raise LoadError(f"{path}: got a file, expected an .npz file or a folder of images")
+            raise LoadError(
+                f"{path}: got a file, expected an .npz file, a .safetensors of `dfqc synth` or a "
+                "folder of images"
+            )
         return _open_archive(path, need_labels)
     if not path.is_dir():
         raise LoadError(f"{path}: no such file or folder; expected images: an .npz or a folder")
@@ -135,6 +141,13 @@ def _open_archive(path: Path, need_labels: bool) -> tuple[_Archive, NDArray[np.i
             f"the {shape[0]} images"
         )
     return _Archive(path, shape), labels.astype(np.int64)
+
+
+def _open_tensors(path: Path, need_labels: bool) -> tuple[ImageSource, NDArray[np.int64]]:
+    source, labels, count = _calibfile.open_calib_file(path)
+    if labels is None and need_labels:
+        raise LoadError(f"{path}: holds images without labels, which are needed here")
+    return source, _no_labels(count) if labels is None else labels.astype(np.int64)
 
 
 def _open_table(root: Path, need_labels: bool) -> tuple[_Files, NDArray[np.int64]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dfqc.compiler._calibfile import write_calib_file
 from dfqc.compiler.artifact import Store
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, StageRecord
@@ -18,7 +18,7 @@ from dfqc.compiler.job import Job, check_output, make_job, model_name
 from dfqc.compiler.pipeline import Build, make_driver, open_store
 from dfqc.compiler.recipe import make_recipe
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
-from dfqc.compiler.storage import CALIB, INFO, PLAN, load_json
+from dfqc.compiler.storage import INFO, PLAN, load_json
 
 log = logging.getLogger("dfqc.build")
 
@@ -84,8 +84,8 @@ def run_synth(
 ) -> dict[str, Any]:
     """Make calibration images only, and write them to a file.
 
-    `.safetensors` holds them as the model reads them; `.npz` as 8-bit pixels, which
-    `--calib-data` takes.
+    `.safetensors` holds them as the model reads them, `.npz` as 8-bit pixels; `--calib-data` takes
+    both. `compare` is a path of images to which the nearest neighbors are searched.
     """
     recipe = make_recipe(flags, recipe_file)
     target = Path(recipe.output or f"out/{model_name(recipe)}-{recipe.synth}.safetensors")
@@ -99,7 +99,7 @@ def run_synth(
         if target.suffix == ".npz":
             _write_pixels(driver, target)
         else:
-            shutil.copyfile(artifact.file(CALIB), target)
+            write_calib_file(driver.value("synthesize"), driver.value("trace").image, target)
         about = load_json(artifact.file(INFO))
     return {
         "file": str(target),

@@ -143,6 +143,12 @@ def _prepare(picture: Pixels | Image, image: ImageSpec, name: str) -> Pixels:
 
 
 def _redraw(picture: Pixels | Image, size: tuple[int, int], image: ImageSpec) -> Pixels:
+    if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
+        height, width, channels = picture.shape
+        raise LoadError(
+            f"calibration images of {channels}x{height}x{width} were given to a model that takes "
+            f"{'x'.join(map(str, image.size))}: make them for this model with `dfqc synth`"
+        )
     pillow = import_pillow()
     if isinstance(picture, np.ndarray):
         gray = picture.shape[2] == 1
