@@ -120,12 +120,18 @@ class Store:
         return artifact
 
     def write(
-        self, fields: Mapping[str, Any], fill: Callable[[Path], None], *, label: str = ""
+        self,
+        fields: Mapping[str, Any],
+        fill: Callable[[Path], object],
+        *,
+        label: str = "",
+        found: Callable[[], Mapping[str, Any]] = dict,
     ) -> Artifact:
         """Run `fill` on an empty folder and store what it wrote under the key of `fields`.
 
-        `fields` are plain JSON data and name their `stage`. If another build was faster, its entry
-        is returned: equal keys mean equal content.
+        `fields` are plain JSON data and name their `stage`; `found` gives fields to add that only
+        the making could tell. If another build was faster, its entry is returned: equal keys
+        mean equal content.
         """
         key = digest_of(fields)
         temp = self.root / "temp" / _owned_name()
@@ -135,6 +141,10 @@ class Store:
                 temp.mkdir()
             with machine.measured() as usage, _blaming_full_disk(self.root.parent):
                 fill(temp)
+            fields = {**fields, **found()}
+            if (made := digest_of(fields)) != key:
+                key = made
+                self._hold(key)
             with _blaming(self.root.parent):
                 _record(temp, key, fields, label, usage)
                 return self._publish(temp, key)

@@ -163,10 +163,14 @@ class Driver:
             "environment": dict(stage.environment(self.settings)),
         }
 
+    def elapsed(self) -> float:
+        """Return the seconds since the run began."""
+        return time.monotonic() - self._start
+
     def enforce(self, stage: str, when: str) -> None:
         """Stop a run that is over its time or memory (exit 8); stored work is kept."""
         seconds, memory = self.limits.seconds, self.limits.memory_bytes
-        if seconds is not None and time.monotonic() - self._start > seconds:
+        if seconds is not None and self.elapsed() > seconds:
             raise EnvironmentFault(
                 f"the budget of {format_duration(seconds)} is used up in stage {stage} ({when}); "
                 "finished work is stored: run again to go on, or lower --samples or --effort"
@@ -276,6 +280,16 @@ class Context:
 
         return checked
 
+    def seconds_left(self) -> float | None:
+        """Return what is left of the run's time limit; None without one."""
+        limit = self.driver.limits.seconds
+        return None if limit is None else limit - self.driver.elapsed()
+
+    @property
+    def is_last(self) -> bool:
+        """Report whether nothing comes after this stage, as when only images are made."""
+        return self.driver.stages[-1] is self.stage
+
     def checkpoint(
         self,
         part: Mapping[str, Any],
@@ -284,21 +298,31 @@ class Context:
         load: Callable[[Path], Any],
         *,
         without: Sequence[str] = (),
+        cut_short: Callable[[Any], bool] = lambda value: False,
     ) -> Any:
         """Return one part of a long stage; once made, it survives a kill.
 
         `part` says which part it is; `without` lists options that parts do not depend on, so that
-        they are shared between runs that differ only in those.
+        they are shared between runs that differ only in those. A part that `cut_short` finds
+        unfinished for lack of time serves only runs with the same time limit.
         """
         fields = self.driver.fields(self.stage)
         options = {k: v for k, v in fields["options"].items() if k not in without}
         fields |= {"stage": f"{self.stage.name}.part", "options": options, "part": dict(part)}
+        limit = {"seconds": self.driver.limits.seconds}
         store = self.driver.store
-        artifact = store.find(digest_of(fields))
+
+        found: dict[str, Any] = {}
+
+        def fill(folder: Path) -> None:
+            value = make()
+            save(value, folder)
+            found.update(limit if cut_short(value) else {})
+
+        artifact = store.find(digest_of(fields)) or store.find(digest_of({**fields, **limit}))
         if artifact is None:
-            artifact = store.write(
-                fields, lambda folder: save(make(), folder), label=self.driver.label
-            )
+            label = self.driver.label
+            artifact = store.write(fields, fill, label=label, found=lambda: found)
         return load(artifact.folder)
 
 

@@ -18,6 +18,7 @@ from dfqc.compiler._imagefiles import find_images
 from dfqc.compiler.artifact import digest_of
 from dfqc.compiler.dataset import digest
 from dfqc.compiler.errors import EnvironmentFault, UsageError
+from dfqc.compiler.mixing_zoo import digest_zoo
 from dfqc.compiler.package import MANIFEST
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Job:
     runtime: str | None
     no_runtime: str  # why `runtime` is None
     output: Path
+    zoo_digests: tuple[str, ...] = ()
 
     @property
     def backend(self) -> Any:
@@ -50,6 +52,7 @@ class Job:
         """SHA-256 of everything that determines the model, by content and not by place."""
         what = {k: v for k, v in self.recipe.saved().items() if k not in _AROUND}
         what |= {"model": self.model_digest, "arch": None, "calib-data": self.calib_digest}
+        what |= {"zoo": self.zoo_digests}
         return digest_of(what)
 
 
@@ -65,6 +68,7 @@ def make_job(recipe: Recipe) -> Job:
         runtime if usable else None,
         "" if usable else runtime,
         output_folder(recipe),
+        digest_zoo(recipe),
     )
 
 

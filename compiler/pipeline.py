@@ -46,7 +46,7 @@ def _data_options(job: Job) -> Mapping[str, Any]:
 
 
 def _synthesize_options(job: Job) -> Mapping[str, Any]:
-    options = _pick("synth", "synth-option", "effort", "samples")(job)
+    options = _pick("synth", "synth-option", "effort", "samples", "budget")(job)
     return {**options, "calib-data": job.calib_digest}
 
 
@@ -130,11 +130,20 @@ STAGES: tuple[Stage, ...] = (
         options=_data_options,
         code=_modules("dataset"),
     ),
+    # Other models beside which images are made. Read by few synthesizers, and only when they run.
+    Stage(
+        "zoo",
+        ("trace",),
+        stages_calib.read_zoo,
+        options=lambda job: {"zoo": job.zoo_digests},
+        environment=_versions("torch"),
+        code=_modules("mixing_zoo", "loading", "frontend"),
+    ),
     # On the unfolded graph, whose batch-norm statistics it matches. Independent of the plan: one
     # calibration set serves all bits and targets of a model.
     Stage(
         "synthesize",
-        ("trace",),
+        ("trace", "zoo"),
         stages_calib.synthesize,
         stages_calib.save_calibration,
         storage.load_calib,
@@ -150,6 +159,7 @@ STAGES: tuple[Stage, ...] = (
         stages_calib.hold_out,
         stages_calib.save_calibration,
         storage.load_calib,
+        options=_pick("budget"),
         environment=_compute,
         code=lambda job: ("dfqc.calib.zeroq", "dfqc.calib.noise", "dfqc.compiler.calib_quality"),
         seeded=True,

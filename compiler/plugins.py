@@ -65,6 +65,22 @@ def summary(kind: str, name: str) -> str:
     return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
 
 
+@functools.cache
+def constant(kind: str, name: str, attribute: str) -> Any:
+    """Return a constant of a plug-in, read from its source: loading it may load torch.
+
+    None where it is not assigned at the top of the file, as a literal.
+    """
+    source = find_source(f"{KINDS[kind][0]}.{name}")
+    tree = ast.parse(source.read_text(encoding="utf-8") if source else "")
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == attribute for target in node.targets
+        ):
+            return ast.literal_eval(node.value)
+    return None
+
+
 def find_source(module: str) -> Path | None:
     """Path of the source of one of our modules, found without importing it; None if there is none.
 

@@ -31,6 +31,10 @@ def _split_numbers(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _split_names(value: Any) -> Any:
+    return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+
+
 def _as_rules(value: Any) -> Any:
     """Accept `{pattern: bits}` beside the list of `pattern=bits` that the flag gives."""
     return [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
@@ -39,6 +43,7 @@ def _as_rules(value: Any) -> Any:
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_split_numbers)]
 Size = Annotated[tuple[int, int, int], BeforeValidator(_split_size)]
 Rules = Annotated[tuple[str, ...], BeforeValidator(_as_rules)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 
 
 class Recipe(BaseModel):
@@ -63,6 +68,7 @@ class Recipe(BaseModel):
     effort: Effort = "standard"
     synth: str = "zeroq"
     synth_option: Mapping[str, Any] = {}
+    zoo: Names = ()
     calib_data: str | None = None
     samples: int = Field(SAMPLES["standard"], ge=1)
 
@@ -170,6 +176,13 @@ def _check_calibration(recipe: Recipe) -> None:
     if recipe.calib_data and recipe.synth != "images":
         raise UsageError(
             f"--calib-data gives images and --synth {recipe.synth} makes them: use one of both"
+        )
+    if recipe.zoo and not plugins.constant("synthesizer", recipe.synth, "USES_ZOO"):
+        names = plugins.available("synthesizer")
+        using = [n for n in names if plugins.constant("synthesizer", n, "USES_ZOO")]
+        raise UsageError(
+            f"--zoo: --synth {recipe.synth} reads no other models; those that do: "
+            f"{', '.join(using)}"
         )
     if recipe.synth == "images" and not recipe.calib_data:
         raise UsageError("--synth images reads real images: say where with --calib-data PATH")

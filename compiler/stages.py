@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from dfqc.compiler.graph import Graph
 
-FACTS, DATA, SHEET = "facts.json", "data.json", "contact_sheet.png"
-HELD_OUT = 128  # images of the held-out set
+FACTS, DATA = "facts.json", "data.json"
 
 
 def trace(context: Context) -> tuple[Graph, dict[str, Any]]:
@@ -109,6 +108,7 @@ def check_data(context: Context) -> dict[str, Any]:
     image = image_spec(facts["image"])
     found: dict[str, Any] = {}
     require_batch_norm(recipe.synth, facts["batch_norm"])
+    require_classes(recipe.synth, facts["classes"])
     if recipe.calib_data:
         calib = open_dataset(Path(recipe.calib_data), image, need_labels=False)
         if len(calib) < recipe.samples:
@@ -140,6 +140,18 @@ def require_batch_norm(name: str, present: bool) -> None:
         f"--synth {name}: the model has no batch norm, whose statistics {name} matches; "
         f"synthesizers that need batch norms: {', '.join(needing)}; "
         f"that do not: {', '.join(others)}"
+    )
+
+
+def require_classes(name: str, classes: int | None) -> None:
+    """Refuse a synthesizer that makes images of classes for a model without any (exit 4)."""
+    if classes is not None or not plugins.load("synthesizer", name).NEEDS_CLASSES:
+        return
+    names = plugins.available("synthesizer")
+    others = [n for n in names if not plugins.load("synthesizer", n).NEEDS_CLASSES]
+    raise UnsupportedError(
+        f"--synth {name}: makes images of classes, and the model's output is not (n, classes); "
+        f"synthesizers without classes: {', '.join(others)}"
     )
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dfqc.compiler import plugins
-from dfqc.compiler.contracts import CalibSet, ImageSpec, Progress
+from dfqc.compiler.batches import join, make_images, share_of
+from dfqc.compiler.contracts import CalibSet, ImageSpec
 from dfqc.compiler.driver import Context
 from dfqc.compiler.options import plugin_options
-from dfqc.compiler.stages import device_of
-from dfqc.compiler.storage import load_calib, save_calib
+from dfqc.compiler.storage import save_calib
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from dfqc.compiler.graph import Graph
 
 SHEET = "contact_sheet.png"
 HELD_OUT = 128  # images of the held-out set
@@ -33,9 +34,9 @@ _MATCHED = {
     "iterations": 30,
     "clip": True,
 }
-# Options of a stage that its batches do not depend on, or know from their own options.
-_NOT_PARTS = ("samples", "effort", "synth-option")
 _NOISE_SEEDS = 1000  # seeds of the noise are counted from here
+# Parts of the time left that making images may take; alone, a little is kept for storing them.
+_SHARE, _SHARE_ALONE, _SHARE_HELD_OUT = 0.5, 0.9, 0.2
 
 
 def synthesize(context: Context) -> tuple[CalibSet, bytes]:
@@ -46,7 +47,22 @@ def synthesize(context: Context) -> tuple[CalibSet, bytes]:
     if recipe.calib_data:
         overrides["path"] = recipe.calib_data
     options = plugin_options(plugin, recipe.synth, recipe.effort, overrides)
-    return _finished(context, make_images(context, recipe.synth, options, recipe.samples))
+    calib = make_images(
+        context,
+        recipe.synth,
+        options,
+        recipe.samples,
+        zoo=context.value("zoo") if plugin.USES_ZOO else (),
+        seconds=share_of(context, _SHARE_ALONE if context.is_last else _SHARE),
+    )
+    return _finished(context, calib)
+
+
+def read_zoo(context: Context) -> list[Graph]:
+    """Load the other models of the zoo."""
+    from dfqc.compiler.mixing_zoo import load_zoo
+
+    return load_zoo(context.settings.recipe, context.value("trace"))
 
 
 def hold_out(context: Context) -> tuple[CalibSet, bytes]:
@@ -61,61 +77,12 @@ def hold_out(context: Context) -> tuple[CalibSet, bytes]:
     if not has_batch_norm(context.value("trace")):
         return _finished(context, make_images(context, "noise", noise, HELD_OUT))
     matched = plugin_options(plugins.load("synthesizer", "zeroq"), "zeroq", "quick", _MATCHED)
+    seconds = share_of(context, _SHARE_HELD_OUT)
     parts = [
-        make_images(context, "zeroq", matched, HELD_OUT // 2),
+        make_images(context, "zeroq", matched, HELD_OUT // 2, seconds=seconds),
         make_images(context, "noise", noise, HELD_OUT // 2, start=_NOISE_SEEDS),
     ]
-    return _finished(context, _join(parts))
-
-
-def make_images(
-    context: Context, name: str, options: Any, count: int, *, start: int = 0
-) -> CalibSet:
-    """Return `count` images, made in batches that each survive a kill."""
-    import torch
-
-    plugin = plugins.load("synthesizer", name)
-    graph, device = context.value("trace"), device_of(context)
-    size = min(options.batch_size, count)
-    sizes = [min(size, count - done) for done in range(0, count, size)]
-    chosen = options.model_dump(mode="json", exclude={"path"})  # data count by content
-    parts = []
-    report = context.progress()
-    for place, images in enumerate(sizes):
-        index = start + place
-        rng = torch.Generator(device).manual_seed(context.seed(index))
-        progress = _share(report, place, len(sizes))
-
-        def make(images: int = images, rng: Any = rng, progress: Progress = progress) -> CalibSet:
-            made: CalibSet = plugin.synthesize(
-                graph, images, options, rng=rng, device=device, progress=progress
-            )
-            return made
-
-        part = {"synthesizer": name, "index": index, "images": images, "options": chosen}
-        parts.append(context.checkpoint(part, make, save_calib, load_calib, without=_NOT_PARTS))
-    return _join(parts)
-
-
-def _share(report: Progress, place: int, batches: int) -> Progress:
-    """Report the steps of one batch as a part of all batches: one bar, one time left."""
-
-    def progress(done: int, total: int, note: str) -> None:
-        report(place * total + done, batches * total, note)
-
-    return progress
-
-
-def _join(parts: list[CalibSet]) -> CalibSet:
-    import torch
-
-    labels = [part.labels for part in parts if part.labels is not None]
-    return CalibSet(
-        torch.cat([part.images for part in parts]),
-        torch.cat(labels) if len(labels) == len(parts) else None,
-        parts[0].source,
-        {"batches": [dict(part.info) for part in parts]},
-    )
+    return _finished(context, join(parts, asked=HELD_OUT))
 
 
 def _finished(context: Context, calib: CalibSet) -> tuple[CalibSet, bytes]:

@@ -49,6 +49,7 @@ def save_calib(calib: CalibSet, folder: Path) -> None:
     tensors = {"images": calib.images.detach().cpu().contiguous()}
     if calib.labels is not None:
         tensors["labels"] = calib.labels.detach().cpu().contiguous()
+    tensors |= {f"carry/{k}": v.detach().cpu().contiguous() for k, v in calib.carry.items()}
     save_file(tensors, folder / CALIB)
     about = {"source": calib.source, "images": len(calib.images), "info": dict(calib.info)}
     save_json(about, folder / INFO)
@@ -60,7 +61,9 @@ def load_calib(folder: Path) -> CalibSet:
 
     tensors = load_file(folder / CALIB)
     about = load_json(folder / INFO)
-    return CalibSet(tensors["images"], tensors.get("labels"), about["source"], about["info"])
+    carry = {k.removeprefix("carry/"): v for k, v in tensors.items() if k.startswith("carry/")}
+    images, labels = tensors["images"], tensors.get("labels")
+    return CalibSet(images, labels, about["source"], about["info"], carry)
 
 
 def save_state(state: QuantState, folder: Path) -> None:

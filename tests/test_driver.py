@@ -300,3 +300,31 @@ def test_finished_stages_are_announced(line, tmp_path):
     line.drive(tmp_path, finished=lambda record: seen.append((record.name, record.cached)))
     line.drive(tmp_path, finished=lambda record: seen.append((record.name, record.cached)))
     assert seen == [("numbers", False), ("total", False), ("numbers", True), ("total", True)]
+
+
+def test_a_part_that_was_cut_short_serves_only_runs_of_the_same_limit(tmp_path):
+    made = []
+
+    def run(context):
+        def make():
+            made.append(context.driver.limits.seconds)
+            return {"short": context.driver.limits.seconds is not None}
+
+        return context.checkpoint(
+            {"index": 0}, make, save, load, without=("run",), cut_short=lambda v: v["short"]
+        )
+
+    def drive(seconds, number):
+        # Its number makes every run's stage a new one, so that only the part can be found.
+        stage = Stage("images", (), run, save, load, options=lambda settings: {"run": number})
+        store = Store(tmp_path)
+        driver = Driver([stage], {}, store, limits=Limits(seconds))
+        driver.run()
+        store.close()
+        return driver.value("images")["short"]
+
+    assert [drive(100.0, 0), drive(100.0, 1), drive(200.0, 2)] == [True, True, True]
+    assert made == [100.0, 200.0]
+    assert [drive(None, 3), drive(None, 4)] == [False, False]
+    assert drive(100.0, 5) is False  # a whole one is better, and there now
+    assert made == [100.0, 200.0, None]
