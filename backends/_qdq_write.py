@@ -194,7 +194,7 @@ class QdqWriter:
 
 
 def _scale_name(name: str) -> str:
-    """Return `<path>.ws` or `<path>.bs`: long names weigh in a file of a few kilobytes."""
+    """Return `<path>.ws`: long names weigh in a file of a few kilobytes."""
     path, _, kind = name.rpartition(".")
     return f"{path}.{kind[0]}s"
 

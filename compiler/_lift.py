@@ -175,7 +175,9 @@ def _inline_region(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, Any]) -> A
     """Copy the body of a no-grad region: gradients and autocast on CPU mean nothing here."""
     position = _region_argument(node)
     assert position is not None
-    inner = env[node.args[position]]  # type: ignore[index]
+    region = node.args[position]
+    assert isinstance(region, fx.Node)
+    inner = env[region]
     if "autocast" in _short_name(node.target) and node.args[2]:
         places = [place for n in inner.graph.nodes if (place := blame_node(n))]
         raise UnsupportedError(

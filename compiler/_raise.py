@@ -83,8 +83,12 @@ def _match_conv(node: fx.Node, *, transposed: bool) -> Layer | None:
 
 def _match_convolution(node: fx.Node) -> Layer | None:
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-    config = {"stride": pair(stride), "padding": pair(padding), "dilation": pair(dilation)}
-    config["groups"] = groups  # type: ignore[assignment]
+    config: dict[str, Any] = {
+        "stride": pair(stride),
+        "padding": pair(padding),
+        "dilation": pair(dilation),
+        "groups": groups,
+    }
     if transposed:
         config["output_padding"] = pair(output_padding)
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d

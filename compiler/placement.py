@@ -131,7 +131,8 @@ def is_nonnegative(node: fx.Node) -> bool:
         return isinstance(node.args[0], fx.Node) and is_nonnegative(node.args[0])
     if node.target is CAT:
         parts = node.args[0]
-        return all(isinstance(p, fx.Node) and is_nonnegative(p) for p in parts)  # type: ignore[union-attr]
+        assert isinstance(parts, (list, tuple))
+        return all(isinstance(p, fx.Node) and is_nonnegative(p) for p in parts)
     return False
 
 

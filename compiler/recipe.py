@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dfqc.compiler import plugins
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.spec import Bits, Rule, check_bits, parse_bits, parse_rule
+from dfqc.compiler.spec import Bits, Rule, check_bits, default_ends, parse_bits, parse_rule
 from dfqc.compiler.units import parse_duration, parse_size
 
 Effort = Literal["quick", "standard", "max"]
@@ -147,6 +147,8 @@ def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
     if "samples" not in values:
         recipe = recipe.model_copy(update={"samples": SAMPLES[recipe.effort]})
         recipe.model_fields_set.discard("samples")  # nobody gave it: a small data set may lower it
+    if "ends" not in values:
+        recipe = recipe.model_copy(update={"ends": str(default_ends(recipe.asked_bits))})
     check_recipe(recipe)
     return recipe
 

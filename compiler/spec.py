@@ -125,7 +125,7 @@ def resolve_bits(
     bits = dict.fromkeys(layers, default)
     if ends is not None and layers:
         for name in (layers[0], layers[-1]):
-            bits[name] = _widest(ends, default)
+            bits[name] = ends
     for rule in rules:
         hits = [name for name in layers if rule.matches(name)]
         if not hits:
@@ -138,11 +138,14 @@ def resolve_bits(
     return bits
 
 
-def _widest(ends: Bits, default: Bits) -> Bits:
-    """Ends are never narrower than the rest, and stay weight-only in a weight-only plan."""
-    if default.is_float:
-        return default
-    return Bits(max(ends.weight, default.weight), max(ends.act, default.act))
+def default_ends(bits: Bits) -> Bits:
+    """Return the bits of the first and last layer where nobody chose them.
+
+    8 bits, but never narrower than the rest, and weight-only in a weight-only plan.
+    """
+    if bits.is_float:
+        return bits
+    return Bits(max(8, bits.weight), max(8, bits.act))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dfqc.compiler.graph import Graph
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.plan import make_plan
 from dfqc.compiler.quantize import rtn
-from dfqc.compiler.spec import LayerPlan, Plan, TargetSpec, parse_bits, parse_rule
+from dfqc.compiler.spec import LayerPlan, Plan, TargetSpec, default_ends, parse_bits, parse_rule
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # on networks this small, threads cost more than they give
@@ -71,13 +71,17 @@ def plan(
     graph: Graph,
     bits: str = "w4a4",
     *rules: str,
-    ends: str | None = "w8a8",
+    ends: str | None = "default",
     target: TargetSpec = ort.TARGET,
 ) -> Plan:
     """Plan a folded graph from the texts a user gives."""
     parsed = [parse_rule(rule) for rule in rules]
-    last = parse_bits(ends) if ends else None
-    return make_plan(graph, target, parse_bits(bits), parsed, ends=last)
+    rest = parse_bits(bits)
+    if ends is None:
+        chosen = None
+    else:
+        chosen = default_ends(rest) if ends == "default" else parse_bits(ends)
+    return make_plan(graph, target, rest, parsed, ends=chosen)
 
 
 def quantize(graph: Graph, decided: Plan, **options: object) -> QuantState:

@@ -15,6 +15,7 @@ from dfqc.compiler.spec import (
     Quantizer,
     Rule,
     check_bits,
+    default_ends,
     parse_bits,
     parse_rule,
     plan_from_json,
@@ -99,18 +100,21 @@ def test_the_first_and_the_last_layer_are_wider_by_default():
 
 
 @pytest.mark.parametrize(
-    ("default", "ends", "expected"),
+    ("bits", "expected"),
     [
-        (Bits(8, 8), Bits(4, 4), Bits(8, 8)),
-        (Bits(4, 8), Bits(8, 4), Bits(8, 8)),
-        (Bits(4, 16), Bits(8, 8), Bits(8, 16)),  # weight-only stays weight-only
-        (FLOAT, Bits(8, 8), FLOAT),
-        (Bits(2, 2), Bits(3, 5), Bits(3, 5)),
+        (Bits(8, 8), Bits(8, 8)),
+        (Bits(4, 8), Bits(8, 8)),
+        (Bits(4, 16), Bits(8, 16)),  # weight-only stays weight-only
+        (Bits(2, 2), Bits(8, 8)),
+        (FLOAT, FLOAT),
     ],
 )
-def test_ends_are_never_narrower_than_the_rest(default, ends, expected):
-    assert resolve(default=default, ends=ends)[0] == expected
-    assert resolve(default=default, ends=ends)[-1] == expected
+def test_ends_that_nobody_chose_are_no_narrower_than_the_rest(bits, expected):
+    assert default_ends(bits) == expected
+
+
+def test_ends_that_somebody_chose_are_taken_as_they_are():
+    assert resolve(default=W8A8, ends=W4A4) == [W4A4, W8A8, W8A8, W8A8, W4A4]
 
 
 def test_rules_come_after_the_ends_and_the_last_match_wins():
