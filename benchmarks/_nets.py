@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dfqc.compiler.frontend import trace
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.loading import ImageOverrides, load_model
+from dfqc.compiler.recipe import make_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,6 +44,21 @@ def list_nets(names: list[str]) -> list[Net]:
     if unknown:
         raise SystemExit(f"unknown nets {sorted(unknown)}; there are {', '.join(found)}")
     return [_net(folder, name) for name in names or found]
+
+
+def zoo_of(net: Net) -> list[Net]:
+    """Return the other networks with the same classes in the same order."""
+    return [other for other in list_nets([]) if other.test == net.test and other.name != net.name]
+
+
+def open_net(net: Net) -> Graph:
+    """Trace a network, for measurements that the command line does not make."""
+    flags = dict(zip(net.flags[1::2], net.flags[2::2], strict=True))
+    recipe = make_recipe(
+        {"model": net.flags[0], **{k[2:].replace("-", "_"): v for k, v in flags.items()}}
+    )
+    image = ImageOverrides(recipe.input_size, recipe.mean, recipe.std, recipe.resize)
+    return trace(load_model(recipe.model, arch=recipe.arch, image=image))
 
 
 def _net(folder: Path, name: str) -> Net:

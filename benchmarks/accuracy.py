@@ -21,7 +21,7 @@ from _nets import Net, list_nets
 
 BITS = ("w8a8", "w4a8", "w4a4")
 SOURCES = ("zeroq", "noise", "real")
-REAL_IMAGES = 256
+MADE = ("zeroq", "noise", "genie", "deepinversion", "mixmix")
 LEGEND = (
     "Top-1 in percent on real images, by the engine. `s` is the wall clock of the whole command; "
     "stages shared with an earlier row come from the cache (the stage table lists what was "
@@ -39,7 +39,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("nets", nargs="*", help="names of the assets' networks; default: all")
     parser.add_argument("--bits", nargs="+", default=list(BITS))
-    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=(*MADE, "real"))
+    parser.add_argument("--real-images", type=int, default=256)
     parser.add_argument("--effort", default="quick", choices=("quick", "standard", "max"))
     parser.add_argument("--quick", action="store_true", help="ResNet-20 at w8a8 and w4a8 only")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="more build flags")
@@ -68,7 +69,7 @@ def measure(
     net: Net, bits: str, source: str, options: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
     """Build once, cold for what differs from the last row, and return the row."""
-    flags = ["--calib-data", str(net.real), "--samples", str(REAL_IMAGES)]
+    flags = ["--calib-data", str(net.real), "--samples", str(options.real_images)]
     if source != "real":
         flags = ["--synth", source]
     command = [

@@ -77,10 +77,9 @@ def plan(
     """Plan a folded graph from the texts a user gives."""
     parsed = [parse_rule(rule) for rule in rules]
     rest = parse_bits(bits)
-    if ends is None:
-        chosen = None
-    else:
-        chosen = default_ends(rest) if ends == "default" else parse_bits(ends)
+    chosen = parse_bits(ends) if ends not in (None, "default") else None
+    if ends == "default":
+        chosen = default_ends(rest)
     return make_plan(graph, target, rest, parsed, ends=chosen)
 
 

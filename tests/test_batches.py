@@ -15,7 +15,7 @@ class Options(BaseModel):
 
 
 class Recorder:
-    """A synthesizer that notes what it is given; each batch takes `each` seconds of a fake clock."""
+    """A synthesizer that notes what it is given; a batch takes `each` seconds of a fake clock."""
 
     Options, NEEDS_BN, NEEDS_CLASSES, USES_ZOO, CARRIES = Options, False, True, True, True
 

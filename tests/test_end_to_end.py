@@ -144,7 +144,7 @@ def test_two_cold_builds_with_one_seed_give_the_same_bytes(tmp_path, capsys):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         manifest = build(capsys, Workspace(tmp_path / name), "--bits", "w4a4")
-        assert stored_stages(manifest) <= {"fold"}
+        assert stored_stages(manifest) <= {s.name for s in STAGES if s.save is None}  # derived ones
         digests.append(manifest["files"]["model.onnx"]["sha256"])
     assert digests[0] == digests[1]
 

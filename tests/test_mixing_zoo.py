@@ -65,5 +65,5 @@ def test_faults_say_what_to_do(tmp_path):
         digest_zoo(recipe(tmp_path / "nowhere.pt"))
     with pytest.raises(UsageError, match="separated by commas"):
         digest_zoo(recipe("@timm:resnet18"))
-    with pytest.raises(UsageError, match="--synth zeroq reads no other models; .*mixmix"):
+    with pytest.raises(UsageError, match=r"--synth zeroq reads no other models; .*mixmix"):
         recipe("timm:resnet18", synth="zeroq")
