@@ -96,3 +96,38 @@ def run(capsys: Any, workspace: Workspace, *arguments: object) -> Run:
     code = main(workspace.command(*arguments)[3:])
     streams = capsys.readouterr()
     return Run(code, streams.out, streams.err)
+
+
+def build(capsys, workspace, *arguments, net="residual", output="package", code=0):
+    """Build in this process and return the manifest that was printed."""
+    folder = workspace.root / output
+    done = run(
+        capsys, workspace, "build", *workspace.weights(net), *QUICK, *arguments,
+        "-o", folder, "--json",
+    )  # fmt: skip
+    assert done.code == code, done.err
+    return done.json
+
+
+def stored_stages(manifest):
+    return {stage["name"] for stage in manifest["stages"] if stage["cached"]}
+
+
+def labelled_by_float(workspace):
+    import torch
+
+    import models
+
+    path = workspace.root / "float-labels.npz"
+    pixels = np.random.default_rng(5).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
+    mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.25, 0.3])
+    images = ((pixels / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        labels = models.build("residual")(torch.from_numpy(images)).argmax(1)
+    assert len(labels.unique()) > 1
+    np.savez(path, images=pixels, labels=labels.numpy())
+    return path
+
+
+SLOW = ("--samples", "12", "--synth-option", "batch_size=2", "--synth-option", "iterations=150",
+        "--effort", "quick", "--threads", "1")  # fmt: skip

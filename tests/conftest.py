@@ -1,7 +1,54 @@
-"""Before any test file is imported: what must be set before torch is loaded."""
+"""What is set before any test file is imported, and the fixtures that several of them use."""
 
 import os
 
 # Threads that spin while they wait make tests many times slower wherever something else runs too:
-# other tests, the runtimes' own threads. The command line sets the same.
+# other tests, the runtimes' own threads. The command line sets the same. Before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+import models
+from command import Workspace
+from model_files import FACTORY
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A folder with a cache of its own."""
+    return Workspace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A workspace whose cache the tests of one file share: each builds what it needs once."""
+    return Workspace(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def factory(tmp_path):
+    """The file of an architecture."""
+    path = tmp_path / "net.py"
+    path.write_text(FACTORY)
+    return path
+
+
+@pytest.fixture
+def net(factory):
+    """A trained-looking instance of the factory's network."""
+    scope = {}
+    exec(FACTORY, scope)
+    module = scope["build"]()
+    models.randomize_norms(module)
+    return module.eval()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """An archive with a free batch."""
+    path = tmp_path / "model.pt2"
+    shapes = ({0: torch.export.Dim("n", min=1)},)
+    program = torch.export.export(models.build("plain"), (models.images(),), dynamic_shapes=shapes)
+    torch.export.save(program, path)
+    return path

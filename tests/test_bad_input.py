@@ -12,12 +12,7 @@ import torch
 from torch import nn
 
 import models
-from command import ARCHITECTURES, QUICK, Workspace, run
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    return Workspace(tmp_path)
+from command import ARCHITECTURES, QUICK, run
 
 
 @pytest.fixture

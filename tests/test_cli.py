@@ -6,14 +6,9 @@ import sys
 
 import pytest
 
-from command import Workspace, run
+from command import run
 from dfqc.compiler import cli, errors, machine
 from dfqc.compiler.errors import DfqcError
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    return Workspace(tmp_path)
 
 
 def test_help_loads_neither_torch_nor_anything_else_that_is_heavy():

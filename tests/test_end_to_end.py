@@ -3,9 +3,7 @@
 import csv
 import hashlib
 import json
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,35 +11,9 @@ import onnx
 import pytest
 import yaml
 
-from command import QUICK, Workspace, run
+from command import QUICK, Workspace, build, labelled_by_float, run, stored_stages
 from dfqc.compiler.package import file_faults, open_package
 from dfqc.compiler.pipeline import STAGES
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A workspace whose cache the tests of this file share: each builds what it needs once."""
-    return Workspace(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    return Workspace(tmp_path)
-
-
-def build(capsys, workspace, *arguments, net="residual", output="package", code=0):
-    """Build in this process and return the manifest that was printed."""
-    folder = workspace.root / output
-    done = run(
-        capsys, workspace, "build", *workspace.weights(net), *QUICK, *arguments,
-        "-o", folder, "--json",
-    )  # fmt: skip
-    assert done.code == code, done.err
-    return done.json
-
-
-def stored_stages(manifest):
-    return {stage["name"] for stage in manifest["stages"] if stage["cached"]}
 
 
 def test_the_manifest_has_every_field_that_others_read(shared, capsys):
@@ -216,73 +188,6 @@ def test_ends_and_rules(shared, capsys):
     assert rows["layer1.conv2"] == rows["layer2.conv2"] == "w3a8"  # the last match wins
 
 
-def failing_gate(capsys, shared, *arguments, code, name):
-    manifest = build(capsys, shared, *arguments, output="gated", code=code)
-    assert (manifest["status"], manifest["exit_code"]) == ("failed", code)
-    gate = next(g for g in manifest["gates"] if g["name"] == name)
-    assert gate["passed"] is False
-    written = json.loads((shared.root / "gated" / "manifest.json").read_text())
-    assert written == manifest
-    assert (shared.root / "gated" / "model.onnx").exists()
-    return gate
-
-
-def test_accuracy_gate(shared, capsys):
-    # Labels are what the float net says: whatever 2-bit weights get wrong is a drop.
-    data = labelled_by_float(shared)
-    arguments = ("--bits", "w2a8", "--ends", "same", "--eval-data", data, "--max-drop", "0")
-    gate = failing_gate(capsys, shared, *arguments, code=5, name="max_drop")
-    assert gate["value"] > gate["limit"] == 0
-
-
-def test_accuracy_gate_without_labels_is_named_otherwise(shared, capsys):
-    arguments = ("--bits", "w2a8", "--ends", "same", "--max-drop", "0")
-    gate = failing_gate(capsys, shared, *arguments, code=5, name="max_drop_agreement")
-    assert gate["value"] > 0
-
-
-def test_speed_gate(shared, capsys):
-    gate = failing_gate(capsys, shared, "--min-speedup", "1000", code=6, name="min_speedup")
-    assert gate["value"] < gate["limit"] == 1000
-
-
-def test_parity_gate(shared, capsys, monkeypatch):
-    # An engine that computes something else: every logit is turned around.
-    from dfqc.backends import ort
-
-    honest = ort.Runner.infer
-    monkeypatch.setattr(ort.Runner, "infer", lambda self, images: -honest(self, images))
-    arguments = ("--seed", "77", "--max-drop", "0", "--min-speedup", "1000")
-    failing_gate(capsys, shared, *arguments, code=7, name="parity")  # the gravest decides
-
-
-def test_a_missing_runtime_leaves_an_unverified_package(shared, capsys, monkeypatch):
-    from dfqc.backends import ort
-
-    monkeypatch.setattr(ort, "available", lambda: (False, "not installed here"))
-    manifest = build(capsys, shared, output="unverified", code=8)
-    assert manifest["parity"]["passed"] is None
-    assert manifest["metrics"]["latency_ms"]["engine"] is None
-    assert "not installed here" in manifest["notes"][0]
-    assert {s["name"] for s in manifest["stages"]}.isdisjoint({"verify", "bench"})
-    monkeypatch.undo()  # a machine that has the runtime verifies it
-    done = run(capsys, shared, "verify", shared.root / "unverified", "--json")
-    assert done.code == 0, done.err
-    assert done.json["parity"]["argmax_agreement"] == 100
-
-
-def test_a_package_for_trt_is_checked_as_far_as_can_be(shared, capsys):
-    build(capsys, shared, "--target", "trt", output="trt", code=8)
-    folder = shared.root / "trt"
-    assert (folder / "golden.npz").is_file()
-    done = run(capsys, shared, "verify", folder)
-    assert done.code == 8
-    assert "files as written, model valid" in done.user_fault
-    assert "trtexec" in done.user_fault
-    (folder / "model.onnx").write_bytes(b"other")
-    assert run(capsys, shared, "verify", folder).code == 3
-
-
 def test_assumed_preprocessing_is_said(shared, capsys):
     given = [*shared.weights()[:5], *QUICK]
     done = run(capsys, shared, "build", *given, "-o", shared.root / "assumed", "--json")
@@ -306,122 +211,9 @@ def test_a_small_data_set_calibrates_as_a_whole(shared, capsys):
     assert done.json["calib"]["images"] == done.json["recipe"]["samples"] == 40
 
 
-def labelled_by_float(workspace):
-    import torch
-
-    import models
-
-    path = workspace.root / "float-labels.npz"
-    pixels = np.random.default_rng(5).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
-    mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.25, 0.3])
-    images = ((pixels / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
-    with torch.no_grad():
-        labels = models.build("residual")(torch.from_numpy(images)).argmax(1)
-    assert len(labels.unique()) > 1
-    np.savez(path, images=pixels, labels=labels.numpy())
-    return path
-
-
 def test_float_top1_is_the_models_own(shared, capsys):
     manifest = build(capsys, shared, "--eval-data", labelled_by_float(shared), output="labelled")
     assert manifest["metrics"]["top1"]["float"] == 100.0
-
-
-def test_a_corrupted_stage_is_found_and_made_again(workspace, capsys):
-    first = build(capsys, workspace)
-    records = workspace.cache.rglob("artifact.json")
-    entry = next(p for p in records if json.loads(p.read_text())["stage"] == "synthesize")
-    damaged = entry.parent / "calib.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    done = run(
-        capsys, workspace, "build", *workspace.weights(), *QUICK, "-o", workspace.root / "package",
-        "--json",
-    )  # fmt: skip
-    assert "is damaged (calib.safetensors" in done.err
-    assert "synthesize" not in stored_stages(done.json)
-    assert "quantize" in stored_stages(done.json)  # made again, it is the same
-    assert done.json["files"]["model.onnx"] == first["files"]["model.onnx"]
-
-
-SLOW = ("--samples", "12", "--synth-option", "batch_size=2", "--synth-option", "iterations=150",
-        "--effort", "quick", "--threads", "1")  # fmt: skip
-
-
-def parts(workspace):
-    found = []
-    for path in workspace.cache.glob("v1/objects/*/*/artifact.json"):
-        record = json.loads(path.read_text())
-        if record["stage"] == "synthesize.part":
-            found.append(record["key"])
-    return found
-
-
-def kill_after_parts(workspace, count, sig):
-    command = workspace.command(
-        "build", *workspace.weights(), *SLOW, "-o", workspace.root / "package", "--json"
-    )
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background jobs ignore SIGINT, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 120
-    while len(parts(workspace)) < count and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(sig)
-    out, err = process.communicate()
-    return process.returncode, out, err
-
-
-def resumed(workspace):
-    """Build in a process of its own, as the killed one was: with as many threads as that had."""
-    done = workspace.dfqc(
-        "build", *workspace.weights(), *SLOW, "-o", workspace.root / "package", "--json"
-    )
-    assert done.code == 0, done.err
-    return done.json
-
-
-def test_kill_minus_nine_loses_only_the_running_batch(tmp_path):
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "whole").mkdir()
-    killed, whole = Workspace(tmp_path / "killed"), Workspace(tmp_path / "whole")
-    code, _, _ = kill_after_parts(killed, 2, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert not (killed.root / "package").exists()
-    before = parts(killed)
-    assert 2 <= len(before) < 6
-    manifest = resumed(killed)
-    assert stored_stages(manifest) >= {"trace", "plan", "data"}
-    assert set(before) < set(parts(killed))
-    assert len(parts(killed)) == 6
-    assert manifest["files"]["model.onnx"] == resumed(whole)["files"]["model.onnx"]
-
-
-def test_an_interrupt_exits_with_130_and_resumes(workspace):
-    code, out, err = kill_after_parts(workspace, 1, signal.SIGINT)
-    assert code == 130, err
-    assert "interrupted in stage synthesize" in json.loads(out)["error"]
-    assert "run the same command again" in err
-    assert "Traceback" not in err
-    assert len(parts(workspace)) < 6
-    resumed(workspace)
-
-
-def test_a_spent_budget_exits_with_8_and_resumes(workspace, capsys):
-    done = run(
-        capsys, workspace, "build", *workspace.weights(), *SLOW, "--budget", "0.001",
-        "-o", workspace.root / "package", "--json",
-    )  # fmt: skip
-    assert done.code == 8
-    assert "the budget of 0.0 s is used up" in done.json["error"]
-    assert resumed(workspace)["status"] == "passed"
 
 
 def test_plan_does_no_work_and_says_what_would_be_done(workspace, capsys):

@@ -3,15 +3,10 @@ import shutil
 import pytest
 import torch
 
-from command import ARCHITECTURES, Workspace
+from command import ARCHITECTURES
 from dfqc.compiler.errors import EnvironmentFault, LoadError, UsageError
 from dfqc.compiler.job import check_output, make_job, model_name, output_folder
 from dfqc.compiler.recipe import make_recipe
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    return Workspace(tmp_path)
 
 
 def job(workspace, **flags):

@@ -1,9 +1,5 @@
 import hashlib
-import json
 import os
-import pickle
-import subprocess
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,37 +10,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import models
-from dfqc.compiler import _archive, _identity
 from dfqc.compiler._vision import import_zoo
-from dfqc.compiler.errors import LoadError, UsageError
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.frontend import trace
 from dfqc.compiler.loading import ImageOverrides, load_model
 from dfqc.compiler.passes.fold import fold
-
-SMALL = ImageOverrides(input_size=(3, 16, 16))
-FACTORY = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes=10):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, classes)
-
-    def forward(self, x):
-        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
-
-def build():
-    return Net()
-
-def broken():
-    raise ValueError("no such depth")
-
-def not_a_module():
-    return 3
-"""
+from model_files import SMALL, refuse
 
 
 @pytest.fixture(scope="session")
@@ -57,33 +28,9 @@ def assets():
     return folder
 
 
-@pytest.fixture
-def factory(tmp_path):
-    path = tmp_path / "net.py"
-    path.write_text(FACTORY)
-    return path
-
-
-@pytest.fixture
-def net(factory):
-    """A trained-looking instance of the factory's network."""
-    scope = {}
-    exec(FACTORY, scope)
-    module = scope["build"]()
-    models.randomize_norms(module)
-    return module.eval()
-
-
 def run(loaded, x):
     with torch.no_grad():
         return trace(loaded).module(x)
-
-
-def refuse(match, source, **options):
-    with pytest.raises(LoadError, match=match) as caught:
-        load_model(str(source), **options)
-    assert caught.value.exit_code == 3
-    return str(caught.value)
 
 
 # Every accepted form computes what the module computes.
@@ -158,106 +105,6 @@ def test_data_parallel_wrapper_is_removed(tmp_path):
 
 
 # Nothing stored in a file is executed.
-
-
-class Attack:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (exec, (f"open({str(self.marker)!r}, 'w').close()",))
-
-
-@pytest.mark.parametrize("arch", [None, "timm:resnet18"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_not_executed(tmp_path, zipped, arch):
-    path, marker = tmp_path / "evil.pt", tmp_path / "executed"
-    content = {"state_dict": {"w": torch.ones(2)}, "extra": Attack(marker)}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    message = refuse("could run any code", path, arch=arch)
-    assert "nothing of it was executed" in message
-    assert not marker.exists()
-    with pytest.raises(LoadError):  # it does execute when the user vouches for it: a real attack
-        load_model(str(path), unsafe_load=True)
-    assert marker.exists()
-
-
-def edit_archive(path, change):
-    """Rewrite a .pt2 archive; `change(name, content)` returns the new content."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, change(name, content))
-
-
-@pytest.fixture
-def exported(tmp_path):
-    path = tmp_path / "model.pt2"
-    shapes = ({0: torch.export.Dim("n", min=1)},)
-    program = torch.export.export(models.build("plain"), (models.images(),), dynamic_shapes=shapes)
-    torch.export.save(program, path)
-    return path
-
-
-def test_code_in_the_sample_inputs_of_an_archive_is_not_executed(tmp_path, exported):
-    marker = tmp_path / "executed"
-    evil = pickle.dumps(((Attack(marker),), {}))
-    edit_archive(exported, lambda name, old: evil if "sample_inputs" in name else old)
-    refuse("pickle that needs code", exported)
-    assert not marker.exists()
-
-
-def test_code_in_a_pickled_weight_of_an_archive_is_not_executed(tmp_path, exported):
-    marker = tmp_path / "executed"
-
-    def change(name, old):
-        if name.endswith("weights_config.json"):
-            config = json.loads(old)
-            for item in config["config"].values():
-                item["use_pickle"] = True
-            return json.dumps(config)
-        return pickle.dumps(Attack(marker)) if name.endswith("/weight_0") else old
-
-    edit_archive(exported, change)
-    refuse("pickle that needs code", exported)
-    assert not marker.exists()
-
-
-def test_code_in_a_size_expression_of_an_archive_is_not_executed(tmp_path, exported):
-    marker = tmp_path / "executed"
-
-    def poison(value):
-        if isinstance(value, dict):
-            evil = f"__import__('os').close(__import__('os').open({str(marker)!r}, 65))"
-            return {k: evil if k == "expr_str" else poison(v) for k, v in value.items()}
-        return [poison(v) for v in value] if isinstance(value, list) else value
-
-    edit_archive(
-        exported,
-        lambda name, old: json.dumps(poison(json.loads(old))) if "models/" in name else old,
-    )
-    refuse("holds the expression", exported)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "plain"),
-    [
-        ("Symbol('s77', positive=True, integer=True)", True),
-        ("Mul(Integer(49), Symbol('s0', integer=True))", True),
-        ("FloorDiv(s0 - 1, 2) + 1", True),
-        ("__import__('os')", False),
-        ("Symbol('os.system')", False),
-        ("().real", False),
-        ("exec(s0)", False),
-        ("preview(s0)", False),
-        ('Symbol("s0")', False),
-        (None, False),
-    ],
-)
-def test_size_expressions_are_arithmetic_only(text, plain):
-    assert _archive.is_plain_expression(text) is plain
 
 
 # Bad files: where, what was got, what to do; exit code 3.
@@ -459,30 +306,6 @@ def test_preprocessing_must_fit_the_channels(tmp_path, factory, net):
 # The cache identity.
 
 
-def test_digest_follows_bytes_and_not_names(tmp_path, factory):
-    a, b = tmp_path / "a.pt", tmp_path / "b.pt"
-    a.write_bytes(b"same")
-    b.write_bytes(b"same")
-    arch = f"{factory}:build"
-    digest = _identity.model_digest(str(a), arch, True, 0)
-    assert digest == _identity.model_digest(str(b), arch, True, 5)
-    assert digest != _identity.model_digest(str(a), f"{factory}:broken", True, 0)
-    factory.write_text(FACTORY + "\n# changed\n")
-    assert digest != _identity.model_digest(str(a), arch, True, 0)
-
-
-def test_digest_of_a_zoo_name_counts_the_seed_only_without_pretrained_weights():
-    def digest(pretrained, seed):
-        return _identity.model_digest("timm:resnet18", None, pretrained, seed)
-
-    assert digest(True, 0) == digest(True, 1) != digest(False, 0) != digest(False, 1)
-
-
-def test_identity_needs_no_torch():
-    code = "import sys, dfqc.compiler._identity; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 # Real networks.
 
 
@@ -499,49 +322,3 @@ def test_real_network_loads_and_folds(assets, name):
         torch.testing.assert_close(graph.module(x), expected)
         close = 1e-5 * float(expected.abs().max())
         torch.testing.assert_close(fold(graph).module(x), expected, rtol=0, atol=close)
-
-
-@pytest.fixture
-def split_factory_folder(tmp_path):
-    """A factory whose layers lie in a module and in a package beside it."""
-    (tmp_path / "blocks").mkdir()
-    (tmp_path / "blocks" / "__init__.py").write_text("from .inner import width\n")
-    (tmp_path / "blocks" / "inner.py").write_text("width = 4\n")
-    (tmp_path / "near.py").write_text("import blocks\n")
-    (tmp_path / "other.py").write_text("")
-    (tmp_path / "net.py").write_text("def build():\n    from near import blocks\n")
-    (tmp_path / "weights.pt").write_bytes(b"weights")
-    return tmp_path
-
-
-def factory_digest(folder):
-    arch = f"{folder / 'net.py'}:build"
-    return _identity.model_digest(str(folder / "weights.pt"), arch, True, 0)
-
-
-@pytest.mark.parametrize("name", ["near.py", "blocks/__init__.py", "blocks/inner.py", "net.py"])
-def test_a_change_of_what_a_factory_imports_is_another_model(split_factory_folder, name):
-    before = factory_digest(split_factory_folder)
-    assert factory_digest(split_factory_folder) == before
-    path = split_factory_folder / name
-    path.write_text(path.read_text() + "\nwidth = 5\n")
-    assert factory_digest(split_factory_folder) != before
-
-
-def test_what_a_factory_does_not_import_is_no_part_of_the_model(split_factory_folder):
-    before = factory_digest(split_factory_folder)
-    (split_factory_folder / "other.py").write_text("width = 5\n")
-    assert factory_digest(split_factory_folder) == before
-
-
-@pytest.mark.parametrize("package", ["torch", "torchvision", "timm"])
-def test_versions_of_what_a_factory_imports_count(split_factory_folder, monkeypatch, package):
-    (split_factory_folder / "near.py").write_text(f"import {package}.nn\n")
-    before = factory_digest(split_factory_folder)
-    version = _identity.importlib.metadata.version
-    monkeypatch.setattr(
-        _identity.importlib.metadata,
-        "version",
-        lambda name: "99" if name == package else version(name),
-    )
-    assert factory_digest(split_factory_folder) != before

@@ -6,43 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from dfqc.compiler.graph import batch_norms, layer_nodes, verify
+from dfqc.compiler.graph import batch_norms, layer_nodes
 from dfqc.compiler.passes.fold import fold
-
-aten = torch.ops.aten
-
-
-def check(module, *, left, image=models.IMAGE):
-    """Fold in double precision: `left` batch norms stay, and the output does not move."""
-    models.randomize_norms(module, seed=1)
-    module = module.eval().double()
-    graph = models.trace_module(module, image)
-    before = {k: v.clone() for k, v in graph.module.state_dict().items()}
-    folded = fold(graph)
-    verify(folded, "fold")
-    assert len(batch_norms(folded)) == left
-    for count in (1, 3):
-        x = models.images(count, image, seed=count).double()
-        with torch.no_grad():
-            expected = module(x)
-            assert expected.abs().max() > 1e-3
-            close = 1e-12 * float(expected.abs().max())
-            torch.testing.assert_close(folded.module(x), expected, rtol=0, atol=close)
-    after = graph.module.state_dict()
-    assert all(torch.equal(v, after[k]) for k, v in before.items()), "fold changed its input"
-    return folded
-
-
-class Chain(nn.Module):
-    """Modules one after another, followed by something nonlinear so that nothing cancels."""
-
-    def __init__(self, *modules):
-        super().__init__()
-        self.body = nn.Sequential(*modules)
-
-    def forward(self, x):
-        return torch.sigmoid(self.body(x))
-
+from folding import Chain, check
 
 # Case 1: layer -> batch norm.
 
@@ -286,67 +252,6 @@ def test_norm_whose_output_leaves_the_graph_stays():
 
 
 # Case 3: padding.
-
-
-def pads(graph):
-    return sum(n.target == aten.pad.default for n in graph.module.graph.nodes)
-
-
-class Pad(nn.Module):
-    def __init__(self, widths):
-        super().__init__()
-        self.widths = widths
-
-    def forward(self, x):
-        return F.pad(x, self.widths)
-
-
-@pytest.mark.parametrize(
-    ("widths", "left"),
-    [((1, 1, 2, 2), 0), ((1, 1), 0), ((0, 1, 0, 1), 1), ((1, 1, 0, 2), 1), ((-1, -1, 0, 0), 1)],
-)
-@pytest.mark.parametrize("norm", [False, True])
-def test_padding_then_convolution(widths, left, norm):
-    conv = nn.Conv2d(3, 4, 3, padding=1)
-    tail = [nn.BatchNorm2d(4)] if norm else []
-    folded = check(Chain(Pad(widths), conv, *tail), left=0)
-    assert pads(folded) == left
-    if not left:
-        assert folded.module.get_submodule("body.1").padding == (1 + sum(widths[2:]) // 2, 2)
-
-
-@pytest.mark.parametrize(
-    "pad",
-    [nn.ConstantPad2d(1, 0.5), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1)],
-    ids=lambda p: type(p).__name__,
-)
-def test_other_padding_stays(pad):
-    module = Chain(pad, nn.Conv2d(3, 4, 3))
-    folded = check(module, left=0)
-    (_, node), *_ = layer_nodes(folded)
-    assert folded.module.get_submodule(str(node.target)).padding == (0, 0)
-
-
-class SharedPadding(nn.Module):
-    """A padded tensor that is also read by something else than a convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, x):
-        x = F.pad(x, (1, 1, 1, 1))
-        return torch.sigmoid(self.conv(x)) + x
-
-
-def test_padding_with_another_reader_stays():
-    assert pads(check(SharedPadding(), left=0)) == 1
-
-
-def test_norm_padding_convolution_stays():
-    """The pad moves into the convolution first, so the shift must not pass through it."""
-    module = Chain(nn.BatchNorm2d(3), nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3))
-    assert pads(check(module, left=1)) == 0
 
 
 # All together.
