@@ -61,7 +61,7 @@ def test_custom_operator_is_named_with_its_line():
         return x * 2
 
     double.register_fake(torch.empty_like)
-    with pytest.raises(UnsupportedError, match=r"dfqc_test.double.*test_frontend_refused.py:\d+"):
+    with pytest.raises(UnsupportedError, match=r"dfqc_test.double.*functions.py:\d+"):
         models.trace_module(Function(lambda _, x: double(x)))
 
 
