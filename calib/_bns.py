@@ -128,41 +128,6 @@ def kl_loss(found: Sequence[Moments], stored: Sequence[Moments]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def bn_distance(
-    graph: Graph, images: Tensor, *, device: torch.device | None = None, batch: int = 64
-) -> dict[str, float]:
-    """Return, per batch norm, how far its input is from the stored statistics; 0 is a match.
-
-    The 2-Wasserstein distance between the normal distributions with the moments over all images
-    and with the stored ones, relative to the layer's spread: the root of the sum over channels of
-    (m - μ)² + (s - σ)² over the sum of σ². A few hundred real images leave 0.14 to 0.16.
-    """
-    device = device or torch.device("cpu")
-    teacher = BNTeacher(graph, device)
-    chunks = images.split(batch)
-    with torch.inference_mode():
-        found = [teacher(chunk.to(device)).moments for chunk in chunks]
-    sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64, device=device)
-    return {
-        layer: _distance(_pool([moments[i] for moments in found], sizes), teacher.stored[i])
-        for i, layer in enumerate(teacher.layers)
-    }
-
-
-def _pool(parts: Sequence[Moments], sizes: Tensor) -> Moments:
-    """Combine the moments of batches of `sizes` images into those of all."""
-    weights = (sizes / sizes.sum()).unsqueeze(1)
-    means = torch.stack([part.mean.double() for part in parts])
-    variances = torch.stack([part.var.double() for part in parts])
-    mean = (weights * means).sum(0)
-    return Moments(mean, (weights * (variances + (means - mean).square())).sum(0))
-
-
-def _distance(found: Moments, stored: Moments) -> float:
-    wanted = Moments(stored.mean.double(), stored.var.double())
-    return float(relative_loss([found], [wanted]).sqrt())
-
-
 def _std(var: Tensor) -> Tensor:
     return (var + EPS).sqrt()
 

@@ -80,14 +80,22 @@ def run_plan(
 
 
 def run_synth(
-    flags: Mapping[str, Any], recipe_file: Path | None, listener: Listener = Listener()
+    flags: Mapping[str, Any],
+    recipe_file: Path | None,
+    listener: Listener = Listener(),
+    *,
+    compare: Path | None = None,
 ) -> dict[str, Any]:
     """Make calibration images only, and write them to a file.
 
     `.safetensors` holds them as the model reads them, `.npz` as 8-bit pixels; `--calib-data` takes
-    both. `compare` is a path of images to which the nearest neighbors are searched.
+    both. `compare` is a path of images among which the nearest neighbors are searched.
     """
+    from dfqc.compiler.dataset import digest
+
     recipe = make_recipe(flags, recipe_file)
+    if compare:
+        digest(compare)  # a path that cannot be read is said before the images are made
     target = Path(recipe.output or f"out/{model_name(recipe)}-{recipe.synth}.safetensors")
     if target.suffix not in (".safetensors", ".npz"):
         raise UsageError(f"-o {target}: expected a file ending in .safetensors or .npz")
@@ -101,11 +109,15 @@ def run_synth(
         else:
             write_calib_file(driver.value("synthesize"), driver.value("trace").image, target)
         about = load_json(artifact.file(INFO))
+        compared = _compare(driver, compare, target, listener) if compare else None
     return {
         "file": str(target),
         "method": about["source"],
         "images": about["images"],
-        "score": about["info"]["bn_divergence"],
+        "asked": about["info"]["asked"],
+        "score": about["info"]["score"]["bn_distance"],
+        "quality": about["info"]["score"],
+        "compare": compared,
         "stages": [dataclasses.asdict(record) for record in driver.records],
     }
 
@@ -131,6 +143,20 @@ def _make_folder(target: Path) -> None:
         raise EnvironmentFault(
             f"{target} cannot be written: {error.strerror or error}; choose another with -o"
         ) from error
+
+
+def _compare(driver: Driver, path: Path, target: Path, listener: Listener) -> dict[str, Any]:
+    from dfqc.compiler.privacy import compare_to
+
+    found = compare_to(
+        driver.value("trace"),
+        driver.value("synthesize"),
+        path,
+        progress=listener.reporter("compare"),
+    )
+    pairs = target.with_suffix(".pairs.png")
+    pairs.write_bytes(found.sheet)
+    return {**found.report, "pairs": str(pairs)}
 
 
 def _write_pixels(driver: Driver, target: Path) -> None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML with these flags as keys.")
 ]
+Compare = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Nearest neighbors among these images of yours."),
+]
 Explain = Annotated[bool, typer.Option("--explain", help="Say which stages are stored, and why.")]
 
 
@@ -62,15 +66,29 @@ def plan(
     emit(result, lines, as_json=json)
 
 
-def synth(flags: Mapping[str, Any], recipe: RecipeFile = None, json: Json = False) -> None:
+def synth(
+    flags: Mapping[str, Any],
+    recipe: RecipeFile = None,
+    compare: Compare = None,
+    json: Json = False,
+) -> None:
     """Make images."""
     from dfqc.compiler.build import run_synth
 
     with only_results_on_stdout():
-        result = run_synth(flags, recipe, _listener())
-    score = "" if result["score"] is None else f", divergence {result['score']:.3f} nats"
-    line = f"{result['file']}: {result['images']} images by {result['method']}{score}"
-    emit(result, [line], as_json=json)
+        result = run_synth(flags, recipe, _listener(), compare=compare)
+    lines = [f"{result['file']}: {result['images']} images by {result['method']}"]
+    if result["score"] is not None:
+        lines.append(
+            f"distance to the batch norms' statistics {result['score']:.3f} (0 is a match)"
+        )
+    lines += [f"warning: {text}" for text in result["quality"]["warnings"]]
+    if result["compare"]:
+        from dfqc.compiler.privacy import describe
+
+        lines += describe(result["compare"])
+        lines.append(f"closest pairs: {result['compare']['pairs']} (shows your images)")
+    emit(result, lines, as_json=json)
 
 
 def _listener() -> Listener:

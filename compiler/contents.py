@@ -13,6 +13,7 @@ from dfqc.compiler.pipeline import Build
 from dfqc.compiler.report import layers_csv, report_html
 from dfqc.compiler.stages_calib import SHEET
 from dfqc.compiler.stages_engine import PARITY
+from dfqc.compiler.storage import INFO
 from dfqc.compiler.triton import triton_repository
 
 
@@ -34,13 +35,20 @@ def package_contents(build: Build, manifest: Mapping[str, Any]) -> dict[str, Pat
         "report.html": report_html(manifest, sheet.read_bytes()).encode(),
         "layers.csv": layers_csv(manifest).encode(),
         "calib/contact_sheet.png": sheet,
-        "calib/quality.json": (to_json(manifest["calib"]) + "\n").encode(),
+        "calib/quality.json": (to_json(_quality(build, manifest)) + "\n").encode(),
     }
     if job.runtime is not None:
         contents["parity.json"] = build.file("verify", PARITY)
     on_cpu = job.recipe.target != "trt"
     repository = triton_repository(model_name(job.recipe), model.read_bytes(), cpu=on_cpu)
     return contents | dict(repository)
+
+
+def _quality(build: Build, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the manifest says of the calibration images, and the scores in all detail."""
+    stages = {"calibration_set": "synthesize", "held_out_set": "holdout"}
+    scores = {name: build.data(stage, INFO)["info"]["score"] for name, stage in stages.items()}
+    return {**manifest["calib"], **scores}
 
 
 def _recipe_yaml(recipe: Mapping[str, Any]) -> bytes:

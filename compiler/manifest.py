@@ -200,15 +200,36 @@ def _parity(build: Build) -> dict[str, Any]:
 def _calib(build: Build) -> dict[str, Any]:
     about = build.data("synthesize", INFO)
     held_out = build.data("holdout", INFO)
+    score = about["info"]["score"]
     return {
         "method": build.job.recipe.synth,
         "source": about["source"],
         "images": about["images"],
-        # Divergence from the batch norms' statistics in nats: 0 is a match, less is better.
-        "score": about["info"]["bn_divergence"],
+        "asked": about["info"]["asked"],  # more than were made, where the time was short
+        # Mean distance to the batch norms' statistics: 0 is a match, real images have 0.1 to 0.2.
+        "score": score["bn_distance"],
+        "quality": _quality(score),
+        "warnings": score["warnings"],
         "holdout_images": held_out["images"],
-        "holdout_score": held_out["info"]["bn_divergence"],
+        "holdout_score": held_out["info"]["score"]["bn_distance"],
         **build.data("data", DATA).get("calib", {}),  # images that the data set has
+    }
+
+
+def _quality(score: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures behind the score; `calib/quality.json` has those of every layer."""
+    firing, seen = score["firing"] or {}, score["predictions"] or {}
+    return {
+        "worst_layer": score["worst_layer"],
+        "worst_layer_score": score["layers"].get(score["worst_layer"]),
+        "channels_expected": firing.get("expected"),
+        "channels_silent": firing.get("silent"),
+        "classes_seen": seen.get("hit"),
+        "classes_possible": seen.get("possible"),
+        "evenness": seen.get("evenness"),
+        "label_agreement": score["agreement"],
+        "twins": score["twins"]["images"],
+        "out_of_range": score["out_of_range"],
     }
 
 

@@ -178,11 +178,18 @@ def _size(manifest: Mapping[str, Any]) -> str:
 
 
 def _calibration(manifest: Mapping[str, Any], sheet: bytes | None) -> str:
-    facts = pairs(manifest.get("calib", {}))
+    calib = dict(manifest.get("calib", {}))
+    faults, quality = calib.pop("warnings", []), calib.pop("quality", {})
+    body = bullets(f"Warning: {fault}" for fault in faults) + pairs(calib | quality)
+    if body:
+        body += (
+            "<p>The score is the mean distance to the statistics of the batch norms: 0 is a match, "
+            "real images have 0.1 to 0.2, noise has 0.5 to 1.4.</p>"
+        )
     if sheet is None:
-        return facts
+        return body
     data = base64.b64encode(sheet).decode()
-    return f'{facts}<p><img alt="calibration images" src="data:image/png;base64,{data}"></p>'
+    return f'{body}<p><img alt="calibration images" src="data:image/png;base64,{data}"></p>'
 
 
 def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:

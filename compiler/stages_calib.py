@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from dfqc.compiler.batches import join, make_images, share_of
 from dfqc.compiler.contracts import CalibSet, ImageSpec
 from dfqc.compiler.driver import Context
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.stages import device_of
 from dfqc.compiler.storage import save_calib
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dfqc.compiler.graph import Graph
+
+log = logging.getLogger("dfqc.calib")
 
 SHEET = "contact_sheet.png"
 HELD_OUT = 128  # images of the held-out set
@@ -86,12 +90,17 @@ def hold_out(context: Context) -> tuple[CalibSet, bytes]:
 
 
 def _finished(context: Context, calib: CalibSet) -> tuple[CalibSet, bytes]:
-    """Add what the report says of a set: its score, and how it looks."""
-    from dfqc.compiler.calib_quality import bn_divergence
+    """Add what the report says of a set: its score, and how it looks; warn of a poor one."""
+    from dfqc.compiler.calib_quality import score, warnings
     from dfqc.compiler.report import contact_sheet
 
     graph = context.value("trace")
-    info = dict(calib.info) | {"bn_divergence": bn_divergence(graph, calib.images)}
+    found = score(graph, calib.images, calib.labels, device=device_of(context))
+    faults = warnings(found)
+    if context.stage.name == "synthesize":  # the held-out images are half noise by design
+        for fault in faults:
+            log.warning("calibration images: %s", fault)
+    info = dict(calib.info) | {"score": found.to_json() | {"warnings": faults}}
     sheet = contact_sheet(as_pixels(calib.images[:_SHEET_IMAGES], graph.image))
     return dataclasses.replace(calib, info=info), sheet
 

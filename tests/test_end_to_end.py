@@ -250,20 +250,6 @@ def test_explain_names_the_field_that_differs(shared, capsys):
     assert {row["status"] for row in rows.values()} == {"hit", "derived"}
 
 
-def test_synth_writes_images_that_calibrate(shared, capsys):
-    for suffix in ("npz", "safetensors"):
-        file = shared.root / f"images.{suffix}"
-        done = run(capsys, shared, "synth", *shared.weights(), *QUICK, "-o", file, "--json")
-        assert done.code == 0, done.err
-        assert done.json["images"] == 8
-        assert file.stat().st_size > 0
-    with np.load(shared.root / "images.npz") as content:
-        assert content["images"].shape == (8, 16, 16, 3)
-        assert content["images"].dtype == np.uint8
-    data = ("--calib-data", shared.root / "images.npz")
-    assert build(capsys, shared, *data, output="from-synth")["calib"]["images"] == 8
-
-
 def test_an_earlier_package_is_replaced(shared, capsys):
     for bits in ("w8a8", "w4a4"):
         manifest = build(capsys, shared, "--bits", bits, output="replaced")

@@ -2,7 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dfqc.compiler.manifest import check_gates, exit_code, verdict
+import models
+from dfqc.compiler.calib_quality import score, warnings
+from dfqc.compiler.contents import _quality
+from dfqc.compiler.manifest import _calib, check_gates, exit_code, verdict
 
 
 def job(runtime="1.0", max_drop=None, min_speedup=None):
@@ -98,3 +101,49 @@ def test_a_verdict_names_value_and_limit():
     assert verdict(manifest) == "gate min_speedup failed: not measured, limit 3"
     assert verdict({"gates": [], "exit_code": 8, "notes": ["no runtime"]}) == "no runtime"
     assert verdict({"gates": [], "exit_code": 0, "notes": []}) == ""
+
+
+def finished_build(graph, held_out):
+    """What the manifest reads of a build about its images, scores as the stages keep them."""
+    found = {"synthesize": score(graph, models.images(16)), "holdout": held_out}
+    data = {
+        stage: {
+            "source": "zeroq",
+            "images": each.images,
+            "info": {"asked": 20, "score": each.to_json() | {"warnings": warnings(each)}},
+        }
+        for stage, each in found.items()
+    }
+    build = SimpleNamespace(
+        data=lambda stage, file: data.get(stage, {"calib": {"available": 99}}),
+        job=SimpleNamespace(recipe=SimpleNamespace(synth="zeroq")),
+    )
+    return build, found["synthesize"]
+
+
+def test_calibration_images_have_one_number_its_reasons_and_warnings():
+    graph = models.trace_tiny("residual")
+    build, ours = finished_build(graph, held_out=score(graph, 2 * models.images(8)))
+    calib = _calib(build)
+    assert calib["score"] == ours.bn_distance
+    assert calib["holdout_score"] == score(graph, 2 * models.images(8)).bn_distance
+    assert (calib["images"], calib["holdout_images"], calib["available"]) == (16, 8, 99)
+    assert calib["asked"] == 20
+    assert calib["warnings"] == warnings(ours) != []
+    quality = calib["quality"]
+    assert quality["worst_layer_score"] == max(ours.layers.values())
+    assert (quality["channels_silent"], quality["twins"]) == (ours.firing.silent, 0)
+    assert quality["classes_seen"] == ours.predictions.hit
+    assert quality["label_agreement"] is None
+    full = _quality(build, {"calib": calib})
+    assert full["score"] == calib["score"]
+    assert full["calibration_set"]["layers"] == ours.layers
+    assert full["held_out_set"]["images"] == 8
+
+
+def test_without_batch_norms_there_is_no_number():
+    graph = models.trace_tiny("no_norm")
+    calib = _calib(finished_build(graph, held_out=score(graph, models.images(8)))[0])
+    assert (calib["score"], calib["holdout_score"]) == (None, None)
+    assert calib["quality"]["worst_layer_score"] is None
+    assert calib["quality"]["channels_expected"] == 0

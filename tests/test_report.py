@@ -46,7 +46,13 @@ MANIFEST = {
     },
     "size": {"float_bytes": 1_100_000, "model_bytes": 200_000, "ideal_bytes": 160_000},
     "parity": {"max_abs": 0.01234, "argmax_agreement": 99.95, "worst_layer": "layer2.1.conv2"},
-    "calib": {"method": "zeroq", "images": 256, "score": 0.87},
+    "calib": {
+        "method": "zeroq",
+        "images": 256,
+        "score": 0.87,
+        "quality": {"channels_silent": 31, "evenness": 0.62},
+        "warnings": ["the images are 0.87 away: take another <synth>"],
+    },
     "gates": [
         {"name": "max-drop", "value": 0.76, "limit": 1.0, "passed": True},
         {"name": "min-speedup", "value": 2.49, "limit": 3.0, "passed": False},
@@ -111,6 +117,8 @@ def test_the_page_is_self_contained():
         *("1.520", "0.610", "2.49", "batch 1", "2 threads", "5.50×", "1.25×"),
         *("99.95", "0.0123", "layer2.1.conv2", "1 of 2", "min-speedup", "1 min 23 s", "900.0 MB"),
         *("layer1.0.conv1", "QLinearConv", "8-bit kernel, 4-bit grid", "20.0", "Some CPU"),
+        *("0.87", "channels silent", "31", "0.62", "real images have 0.1 to 0.2"),
+        *("Warning: the images are 0.87 away: take another <synth>",),
         *("No TensorRT engine was built.", "c0ffee" * 10, "seed 7"),
     ],
 )

@@ -5,9 +5,9 @@ import torch
 from pydantic import ValidationError
 
 from dfqc.calib import noise, zeroq
-from dfqc.calib._bns import bn_distance
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
 from dfqc.calib._steps import Steps
+from dfqc.compiler.calib_quality import bn_distance
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph
 from models import IMAGE, build, trace_module, trace_tiny
