@@ -47,8 +47,12 @@ def list_nets(names: list[str]) -> list[Net]:
 
 
 def zoo_of(net: Net) -> list[Net]:
-    """Return the other networks with the same classes in the same order."""
-    return [other for other in list_nets([]) if other.test == net.test and other.name != net.name]
+    """Return the other networks with the same classes in the same order and the same input."""
+
+    def kind(one: Net) -> tuple[Path, str]:
+        return one.test, one.flags[one.flags.index("--input-size") + 1]
+
+    return [o for o in list_nets([]) if kind(o) == kind(net) and o.name != net.name]
 
 
 def open_net(net: Net) -> Graph:

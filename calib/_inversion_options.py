@@ -83,3 +83,9 @@ def resolve(options: InversionOptions, size: tuple[int, int, int]) -> Settings:
     published = LARGE if min(size[1:]) >= _LARGE else SMALL
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Settings)}
     return dataclasses.replace(published, **{k: v for k, v in given.items() if v is not None})
+
+
+def count_passes(options: InversionOptions, size: tuple[int, int, int]) -> float:
+    """Return the forward-and-backward passes per image and net; a quarter at half resolution."""
+    settings = resolve(options, size)
+    return settings.iterations * (1 - 0.75 * settings.low_res)

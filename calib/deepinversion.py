@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dfqc.calib import _inversion_options
 from dfqc.calib._inversion import invert
 from dfqc.calib._inversion_options import InversionOptions
 from dfqc.calib._objective import Method
@@ -58,6 +59,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 class Options(InversionOptions):
     """How the images are optimized; the defaults are as published."""
+
+
+def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
+    """Return the forward-and-backward passes per image."""
+    return _inversion_options.count_passes(options, size)
 
 
 def synthesize(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from dfqc.calib import _inversion_options
 from dfqc.calib._inversion import invert
 from dfqc.calib._inversion_options import InversionOptions, Schedule
 from dfqc.calib._objective import Method
@@ -70,6 +71,11 @@ class Options(InversionOptions):
     own: bool = True
     mix: float = Field(1.0, ge=0, le=1)
     learn_weights: bool = True
+
+
+def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
+    """Return the forward-and-backward passes per image, those of other nets counted alike."""
+    return _inversion_options.count_passes(options, size) * min(options.models, nets)
 
 
 def synthesize(

@@ -70,6 +70,11 @@ class Options(ImageOptions):
     init: Literal["pink", "gaussian"] = "pink"
 
 
+def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
+    """Return the forward-and-backward passes per image."""
+    return options.iterations
+
+
 def synthesize(
     graph: Graph,
     count: int,

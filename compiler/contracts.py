@@ -166,6 +166,14 @@ class Synthesizer(Protocol):
     USES_ZOO: bool  # reads `Supplies.zoo`
     CARRIES: bool  # a batch may start from what the one before left in `CalibSet.carry`
 
+    def count_passes(self, options: Any, size: tuple[int, int, int], nets: int) -> float:
+        """Return the forward-and-backward passes per image, for estimates; 0 without a model.
+
+        `size` is the image's (c, h, w); `nets` counts the model and its zoo. Passes at less than
+        the full resolution count by their pixels.
+        """
+        ...
+
     def synthesize(
         self,
         graph: Graph,

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from dfqc.compiler import plugins
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
-from dfqc.compiler.stages_calib import HELD_OUT
+from dfqc.compiler.stages_calib import HELD_OUT, MATCHED
 
 if TYPE_CHECKING:
     from dfqc.compiler.graph import Graph
 
-_BASE_BYTES = 600 << 20  # the interpreter with torch, ONNX and a runtime loaded
+_BASE_BYTES = 450 << 20  # the interpreter with torch, ONNX and a runtime loaded
 _BACKWARD = 3.0  # forward and backward pass, in forward passes
+_KEPT = 1.3  # bytes that a backward pass keeps, in bytes of all outputs of a forward pass
 _PROBE_IMAGES = 8
 
 
@@ -53,14 +54,17 @@ def estimate(
     image = _seconds_per_image(graph) if seconds_per_image is None else seconds_per_image
     options = _options(job)
     size = min(getattr(options, "batch_size", recipe.samples), recipe.samples)
-    passes = _passes(options, recipe.synth)
+    passes = _BACKWARD * _passes(options, recipe.synth, facts, 1 + len(recipe.zoo))
+    matched = _BACKWARD * MATCHED["iterations"] if facts["batch_norm"] else 0.0
+    half = HELD_OUT // 2
     pixels = recipe.samples * 4 * _count(facts["image"]["size"])
     weights = 4 * facts["params"]
     activations = 4 * facts["activations"]
     labelled = data.get("eval", {}).get("images", 0)
+    kept = int(_KEPT * activations)
     rows = [
-        Estimate("synthesize", recipe.samples * passes * image, size * activations * 2 + pixels),
-        Estimate("holdout", HELD_OUT * passes * image / 2, size * activations * 2),
+        Estimate("synthesize", recipe.samples * passes * image, kept * size + pixels),
+        Estimate("holdout", half * matched * image, kept * half),
         Estimate("quantize", 3 * recipe.samples * image, size * activations + pixels),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
@@ -78,11 +82,9 @@ def _options(job: Job) -> Any:
     return plugin_options(plugin, recipe.synth, recipe.effort, recipe.synth_option)
 
 
-def _passes(options: Any, name: str) -> float:
-    """Forward passes per image: optimizers run each step forward and backward."""
-    steps = getattr(options, "iterations", 0)
-    needs_model = plugins.load("synthesizer", name).NEEDS_BN
-    return _BACKWARD * steps if needs_model else 0.0
+def _passes(options: Any, name: str, facts: Mapping[str, Any], nets: int) -> float:
+    size = tuple(facts["image"]["size"])
+    return float(plugins.load("synthesizer", name).count_passes(options, size, nets))
 
 
 def _seconds_per_image(graph: Graph) -> float:

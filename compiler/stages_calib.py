@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
 from dfqc.compiler.batches import join, make_images, share_of
@@ -31,7 +32,7 @@ _PINK = {"kind": "pink"}
 # one has: these images judge, nothing is fitted to them. On ResNet-20 their mean distance to the
 # batch norms' statistics is 0.19; that of 1/f noise 0.47. Valid pixels only: the engine's input
 # grid covers those, and others would measure its clipping.
-_MATCHED = {
+MATCHED: Mapping[str, Any] = {
     "loss": "std",
     "init": "gaussian",
     "statistic": "batch",
@@ -80,7 +81,7 @@ def hold_out(context: Context) -> tuple[CalibSet, bytes]:
     noise = plugin_options(plugins.load("synthesizer", "noise"), "noise", "standard", _PINK)
     if not has_batch_norm(context.value("trace")):
         return _finished(context, make_images(context, "noise", noise, HELD_OUT))
-    matched = plugin_options(plugins.load("synthesizer", "zeroq"), "zeroq", "quick", _MATCHED)
+    matched = plugin_options(plugins.load("synthesizer", "zeroq"), "zeroq", "quick", MATCHED)
     seconds = share_of(context, _SHARE_HELD_OUT)
     parts = [
         make_images(context, "zeroq", matched, HELD_OUT // 2, seconds=seconds),

@@ -25,13 +25,24 @@ def test_synthesis_costs_a_forward_and_backward_pass_per_iteration(graph):
     assert rows(graph, synth="noise", samples=32)["synthesize"].seconds == 0
 
 
+def test_every_net_of_a_zoo_is_passed_and_half_resolution_costs_a_quarter(graph):
+    def seconds(**flags):
+        return rows(graph, samples=32, **flags)["synthesize"].seconds
+
+    one = {"synth": "mixmix", "synth_option": ["iterations=50"]}
+    assert seconds(**one) == pytest.approx(32 * 50 * 3 * 0.01)
+    assert seconds(**one, zoo="timm:a,timm:b,timm:c,timm:d") == pytest.approx(3 * seconds(**one))
+    low = {"synth": "deepinversion", "synth_option": ["iterations=50", "low_res=0.5"]}
+    assert seconds(**low) == pytest.approx(32 * (25 + 25 / 4) * 3 * 0.01)
+
+
 def test_more_samples_take_longer_and_larger_batches_more_memory(graph):
     few, many = rows(graph, samples=32), rows(graph, samples=64)
     assert many["quantize"].seconds == 2 * few["quantize"].seconds
     small = rows(graph, synth_option=["batch_size=8"])["synthesize"].peak_bytes
     large = rows(graph, synth_option=["batch_size=64"])["synthesize"].peak_bytes
     activations = 4 * model_facts(graph)["activations"]
-    assert large - small == 2 * 56 * activations
+    assert large - small == 56 * int(1.3 * activations)
 
 
 def test_labelled_images_are_counted(graph):

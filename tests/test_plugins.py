@@ -112,7 +112,8 @@ def check_signature(function, protocol):
     wanted = dict(inspect.signature(protocol).parameters)
     del wanted["self"]
     assert [(p.name, p.kind) for p in ours.values()] == [(p.name, p.kind) for p in wanted.values()]
-    assert ours["progress"].default is contracts.silent
+    if "progress" in ours:
+        assert ours["progress"].default is contracts.silent
 
 
 def check_options(module):
@@ -148,7 +149,13 @@ def test_synthesizer_contract(name, image_file):
     module = plugins.load("synthesizer", name)
     check_signature(module.synthesize, contracts.Synthesizer.synthesize)
     check_options(module)
-    assert isinstance(module.NEEDS_BN, bool)
+    check_signature(module.count_passes, contracts.Synthesizer.count_passes)
+    options = options_of(module, name, image_file)
+    assert (module.count_passes(options, (3, 16, 16), 1) > 0) == module.NEEDS_BN
+    for constant in ("NEEDS_BN", "NEEDS_CLASSES", "USES_ZOO", "CARRIES"):
+        assert isinstance(getattr(module, constant), bool)
+        # What is asked before torch is loaded is read from the source.
+        assert plugins.constant("synthesizer", name, constant) is getattr(module, constant)
     assert options_of(module, name, image_file).batch_size >= 1  # the driver splits by it
 
 
