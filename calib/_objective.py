@@ -57,7 +57,11 @@ class Objective:
     ) -> None:
         device = labels.device
         self.nets = [
-            (_bns.BNTeacher(net, device, logits=True), pixel_map(net.image, device)) for net in nets
+            (
+                _bns.BNTeacher(net, device, logits=True, precision=options.precision),
+                pixel_map(net.image, device),
+            )
+            for net in nets
         ]
         self.labels, self.options, self.settings, self.method = labels, options, settings, method
         self.rng = rng

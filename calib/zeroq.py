@@ -90,7 +90,12 @@ def synthesize(
     Raises:
         UnsupportedError: the graph has no batch norm with running statistics.
     """
-    teacher = _bns.BNTeacher(graph, device, per_image=options.statistic == "per_image")
+    teacher = _bns.BNTeacher(
+        graph,
+        device,
+        per_image=options.statistic == "per_image",
+        precision=options.precision,
+    )
     pixels = pixel_map(graph.image, device)
     z = draw(options.init, count, graph.image.size, rng).to(device)
     z = z.contiguous(memory_format=torch.channels_last)

@@ -221,3 +221,30 @@ def test_a_graph_without_statistics_names_what_works(norm):
     graph = graph_of(nn.Sequential(norm, nn.Conv2d(3, 4, 3)))
     with pytest.raises(UnsupportedError, match=r"need it: .*zeroq.*; that do not: .*noise"):
         BNTeacher(graph, CPU)
+
+
+def test_bfloat16_changes_the_products_and_not_the_statistics():
+    torch.manual_seed(0)
+    graph, x = graph_of(Net()), images()
+    exact = BNTeacher(graph, CPU, logits=True)(x)
+    rough = BNTeacher(graph, CPU, logits=True, precision="bfloat16")(x)
+    differs = False
+    for ours, theirs in zip(rough.moments, exact.moments, strict=True):
+        assert ours.mean.dtype == ours.var.dtype == torch.float32
+        scale = (theirs.mean.square() + theirs.var).max().sqrt()  # of the values themselves
+        assert (ours.mean - theirs.mean).abs().max() < 0.02 * scale
+        assert (ours.var - theirs.var).abs().max() < 0.04 * scale.square()
+        differs |= not torch.equal(ours.mean, theirs.mean)
+    assert differs
+    assert rough.logits.dtype == torch.float32
+
+
+def test_gradients_reach_the_images_through_bfloat16():
+    torch.manual_seed(0)
+    graph, gradients = graph_of(Net()), []
+    for each in (BNTeacher(graph, CPU), BNTeacher(graph, CPU, precision="bfloat16")):
+        x = images().requires_grad_()
+        sum((m.mean.square() + m.var).sum() for m in each(x).moments).backward()
+        gradients.append(x.grad)
+    similarity = torch.cosine_similarity(*(g.flatten() for g in gradients), dim=0)
+    assert similarity > 0.99
