@@ -23,7 +23,7 @@ from dfqc.compiler.quantize import rtn
 from dfqc.compiler.spec import parse_bits
 
 CPU = torch.device("cpu")
-open_net = functools.cache(open_net)
+open_net = functools.cache(open_net)  # a network is traced once, whatever is measured on it
 
 
 def read_set(path: Path, graph: Graph) -> tuple[Tensor, Tensor]:
