@@ -1,6 +1,7 @@
 """What is set before any test file is imported, and the fixtures that several of them use."""
 
 import os
+from pathlib import Path
 
 # Threads that spin while they wait make tests many times slower wherever something else runs too:
 # other tests, the runtimes' own threads. The command line sets the same. Before torch is loaded.
@@ -52,3 +53,13 @@ def exported(tmp_path):
     program = torch.export.export(models.build("plain"), (models.images(),), dynamic_shapes=shapes)
     torch.export.save(program, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def assets():
+    """The folder of real networks, which is no part of the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "assets"
+    folder = Path(os.environ.get("DFQC_ASSETS", default))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no real networks at {folder}; set DFQC_ASSETS")
+    return folder

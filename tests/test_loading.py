@@ -1,8 +1,6 @@
 import hashlib
-import os
 import warnings
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +14,6 @@ from dfqc.compiler.frontend import trace
 from dfqc.compiler.loading import ImageOverrides, load_model
 from dfqc.compiler.passes.fold import fold
 from model_files import SMALL, refuse
-
-
-@pytest.fixture(scope="session")
-def assets():
-    """The folder of real networks, which is no part of the repository."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "assets"
-    folder = Path(os.environ.get("DFQC_ASSETS", default))
-    if not (folder / "models").is_dir():
-        pytest.skip(f"no real networks at {folder}; set DFQC_ASSETS")
-    return folder
 
 
 def run(loaded, x):
