@@ -26,6 +26,7 @@ class Net:
     test: Path
     real: Path  # images for the calibration with real data
     in_sample: bool  # `real` is a part of `test`: an upper bound, not a fair result
+    weight_bytes: int
 
 
 def assets() -> Path:
@@ -44,6 +45,15 @@ def list_nets(names: list[str]) -> list[Net]:
     if unknown:
         raise SystemExit(f"unknown nets {sorted(unknown)}; there are {', '.join(found)}")
     return [_net(folder, name) for name in names or found]
+
+
+def judge_of(net: Net) -> Net | None:
+    """Return the network that judges images of others and is no part of their zoo.
+
+    None where there are only two networks: then the other one is zoo and judge.
+    """
+    zoo = zoo_of(net)
+    return min(zoo, key=lambda other: other.weight_bytes) if len(zoo) > 1 else None
 
 
 def zoo_of(net: Net) -> list[Net]:
@@ -76,9 +86,10 @@ def _net(folder: Path, name: str) -> Net:
         *("--mean", ",".join(map(repr, info["mean"])), "--std", ",".join(map(repr, info["std"]))),
         *("--resize", str(info.get("resize", size))),
     )
+    weights = (home / "weights.pt").stat().st_size
     if info["dataset"] == "imagenet":
         images = folder / "data" / "imagenet" / "sample1000"
-        return Net(name, flags, images, images, in_sample=True)
+        return Net(name, flags, images, images, in_sample=True, weight_bytes=weights)
     data = folder / "data" / info["dataset"]
     test, train = (data / f"{info['dataset']}_{split}.npz" for split in ("test", "train"))
-    return Net(name, flags, test, train, in_sample=False)
+    return Net(name, flags, test, train, in_sample=False, weight_bytes=weights)

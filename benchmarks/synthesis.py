@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import _judge
-from _nets import Net, list_nets, zoo_of
+from _nets import Net, judge_of, list_nets, zoo_of
 
 NETS = (
     *("resnet20_cifar10", "resnet56_cifar10"),
@@ -28,11 +28,13 @@ NETS = (
 METHODS = ("noise", "pink", "zeroq", "deepinversion", "mixmix-1", "mixmix", "genie", "real")
 BITS = ("w4a8", "w4a4")
 LEGEND = (
-    "`BN own` and `BN others`: mean distance to the batch-norm statistics of the network itself "
-    "and of the others with the same classes (0 is a match; relative to the layer's spread). "
-    "`top-1 others`: percentage of the images that the others put into the class of their label "
-    "(of real images: of the true class). `mixmix-1` has no other network (m' = 1) and data "
-    "mixing; `mixmix` has all of them as its zoo, so for it they are no strangers. W4A8, W4A4: "
+    "`BN own` and `BN other`: mean distance to the batch-norm statistics of the network itself and "
+    "of one that had no part in the images (0 is a match; relative to the layer's spread). "
+    "`top-1 other`: percentage of the images that this one puts into the class of their label (of "
+    "images without labels: into the class that the network itself sees). `mixmix-1` has no other "
+    "network (m' = 1) and data mixing; `mixmix` has the rest of the networks with these classes. "
+    "`*`: there are only two, so the judge is in its zoo. `real`: as many images drawn at random; "
+    "on the ImageNet networks they are part of the test images. W4A8, W4A4: "
     "top-1 of the engine on real images, ranges and biases from these images, rounding to nearest, "
     "ends in 8 bits. `s` and `peak MB`: the stage that makes the images."
 )
@@ -70,7 +72,8 @@ def measure(
     net: Net, method: str, seed: int, options: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
     """Make the images of one row and judge them."""
-    zoo = zoo_of(net)
+    judge, rest = judge_of(net), zoo_of(net)
+    zoo = [other for other in rest if other != judge]
     file = scratch / f"{net.name}-{method}-{seed}.safetensors"
     flags = method_flags(net, method, zoo, scratch)
     command = [
@@ -81,16 +84,17 @@ def measure(
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     stage = next(s for s in json.loads(done.stdout)["stages"] if s["name"] == "synthesize")
-    labeled = method in ("deepinversion", "mixmix-1", "mixmix", "real")
+    other = judge or zoo[0]
     return {
         "net": net.name,
         "method": method,
         "seed": seed,
         "images": options.samples,
         "bn_own": _judge.distance(net, file),
-        "bn_others": statistics.mean(_judge.distance(other, file) for other in zoo),
-        "top1_own": _judge.top1(net, file) if labeled else None,
-        "top1_others": statistics.mean(_judge.top1(o, file) for o in zoo) if labeled else None,
+        "other": other.name,
+        "bn_other": _judge.distance(other, file),
+        "top1_other": _judge.top1(other, net, file),
+        "judge_in_zoo": judge is None and method == "mixmix",
         **{bits: _judge.accuracy(net, file, bits) for bits in BITS},
         "seconds": stage["seconds"],
         "peak_rss_bytes": stage["peak_rss_bytes"],
@@ -124,9 +128,8 @@ COLUMNS = (
     ("seed", lambda r: str(r["seed"])),
     ("images", lambda r: str(r["images"])),
     ("BN own", lambda r: f"{r['bn_own']:.3f}"),
-    ("BN others", lambda r: f"{r['bn_others']:.3f}"),
-    ("top-1 own", lambda r: show(r["top1_own"])),
-    ("top-1 others", lambda r: show(r["top1_others"])),
+    ("BN other", lambda r: f"{r['bn_other']:.3f}{star(r)}"),
+    ("top-1 other", lambda r: f"{r['top1_other']:.1f}{star(r)}"),
     ("W4A8", lambda r: f"{r['w4a8']:.2f}"),
     ("W4A4", lambda r: f"{r['w4a4']:.2f}"),
     ("s", lambda r: f"{r['seconds']:.1f}"),
@@ -134,9 +137,27 @@ COLUMNS = (
 )
 
 
-def show(value: float | None) -> str:
-    """Return a percentage, or that there is none."""
-    return "–" if value is None else f"{value:.1f}"
+def star(row: dict[str, Any]) -> str:
+    """Mark a judge that had a part in the images."""
+    return " *" if row["judge_in_zoo"] else ""
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[str]:
+    """Return mean and spread over the seeds, per network and method."""
+    names = ("bn_own", "bn_other", "top1_other", *BITS, "seconds")
+    lines = [
+        "| net | method | seeds | " + " | ".join(names) + " |",
+        "|" + " --- |" * (3 + len(names)),
+    ]
+    for net, method in dict.fromkeys((r["net"], r["method"]) for r in rows):
+        mine = [r for r in rows if (r["net"], r["method"]) == (net, method)]
+        cells = []
+        for name in names:
+            values = [r[name] for r in mine]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4g}{spread}")
+        lines.append(f"| {net} | {method} | {len(mine)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def line(row: dict[str, Any]) -> str:
@@ -148,7 +169,18 @@ def render(rows: list[dict[str, Any]], command: str) -> str:
     """Return the Markdown table with its command."""
     head = [f"Command: `{command}`", "", LEGEND, ""]
     names = "| " + " | ".join(name for name, _ in COLUMNS) + " |"
-    return "\n".join([*head, names, "|" + " --- |" * len(COLUMNS), *map(line, rows)]) + "\n"
+    body = [names, "|" + " --- |" * len(COLUMNS), *map(line, rows)]
+    several = ["", "Mean and standard deviation over seeds", "", *summarize(rows)]
+    return (
+        "\n".join(
+            [
+                *head,
+                *body,
+                *(several if len(rows) > len({(r["net"], r["method"]) for r in rows}) else []),
+            ]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def straight(net: Net, graph: Graph, method: str, options: argparse.Namespace) -
     loaded: Any = load_model(net.flags[0], arch=flags["--arch"]).model
     shape = (options.images, *graph.image.size)
     if method == "deepinversion":
-        classes = 1000 if net.test.name == "sample1000" else 10
+        if min(graph.image.size[1:]) > 64:
+            raise SystemExit("the straight DeepInversion is the published one of CIFAR's size only")
+        classes = 100 if "cifar100" in net.name else 10
         return _published.deepinversion(loaded, shape, classes)
     return getattr(_published, method)(loaded, shape)
 

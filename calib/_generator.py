@@ -71,10 +71,13 @@ def double_and_convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     that see the same makes it a transposed convolution 4x4 of stride 2 on the small map: exactly
     equal, with 4/9 of the products and without the large map.
     """
-    # Along one side, taps (a, b, c) become (c, b + c, a + b, a).
-    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    kernel = torch.einsum("oiyx,py,qx->iopq", weight, taps, taps)
-    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+    return F.conv_transpose2d(x, _widen(_widen(weight, 2), 3).transpose(0, 1), bias, 2, 1)
+
+
+def _widen(weight: Tensor, dim: int) -> Tensor:
+    """Turn the taps (a, b, c) along one side into (c, b + c, a + b, a)."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack((c, b + c, a + b, a), dim)
 
 
 def _cut(x: Tensor, size: list[int]) -> Tensor:

@@ -73,6 +73,11 @@ def invert(
         for terms in _optimize(z, phase.pool, objective, steps, options, settings):
             report.add(terms)
     info = report.summary() | {"settings": settings.to_json()}
+    if settings.low_res and len(phases) == 1:
+        info["note"] = (
+            f"{method.name}: a net cannot read images of half the size, so all iterations are at "
+            "the full one"
+        )
     images = finish(z, pixel_map(graph.image, device), options)
     return CalibSet(images, labels.cpu(), method.name, info)
 
@@ -80,7 +85,7 @@ def invert(
 def _labels(graph: Graph, count: int, rng: torch.Generator) -> Tensor:
     """Draw classes of a model that was not asked for any."""
     classes = count_outputs(graph)
-    if classes is None:
+    if classes is None or classes < 2:
         raise UnsupportedError(
             f"{graph.source}: its output is not one row of class scores per image, which images of "
             "classes are made for; use a synthesizer without classes, for example zeroq"
@@ -99,10 +104,7 @@ def _plan_phases(nets: Sequence[Graph], settings: Settings) -> list[Phase]:
     half = (channels, height // 2, width // 2)
     unable = [net.source for net in nets if not _can_read(net, half)]
     if unable:
-        log.warning(
-            "%s cannot read images of %d x %d: all iterations are at full resolution",
-            *(", ".join(unable), *half[1:]),
-        )
+        log.info("%s: all iterations are at full resolution", ", ".join(unable))
         return [full]
     return [Phase(2, low), Phase(1, settings.iterations - low)]
 

@@ -19,6 +19,7 @@ class Steps:
     Attributes:
         planned: what was asked for.
         total: what it will be, as far as is known now.
+        shortened: whether the time was ever too short for what was planned.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Steps:
     ) -> None:
         self.planned = self.total = planned
         self.done = 0
+        self.shortened = False  # once planned for fewer, it stays so: rates have been lower
         self._seconds, self._clock = seconds, clock
 
     def __iter__(self) -> Iterator[int]:
@@ -48,6 +50,7 @@ class Steps:
                 left = self._seconds - (now - start)
                 fitting = self.done + max(0, math.floor(left / each)) if each > 0 else self.planned
                 self.total = min(self.planned, fitting)
+                self.shortened |= fitting < self.planned
 
     @property
     def fraction(self) -> float:
@@ -62,11 +65,6 @@ class Steps:
     def end_in(self, count: int) -> None:
         """Plan only `count` more: nothing is gained by the others."""
         self.planned = self.total = self.done + count
-
-    @property
-    def shortened(self) -> bool:
-        """Report whether the time was too short for what was planned."""
-        return self.total < self.planned
 
 
 def anneal(fraction: float) -> float:

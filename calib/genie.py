@@ -1,12 +1,13 @@
 """Genie-D (Jeon et al. 2023): noise in, images out that a generator makes to match batch norms.
 
 A generator and its latent vectors are trained together for every batch, on a copy of the model
-whose strided convolutions swing (`_swing`). There are no labels. The generator gives what an
-optimization of pixels does not: images that other networks, too, find like those they know.
+whose strided convolutions swing (`_swing`). There are no labels. Other networks, too, find these
+images more like those they know than ZeroQ's.
 
-`max` is as published but for two things: pixels are clipped in the end, and images of any size are
-made. The paper's code gives its latents the rate it names that of the generator and the other way
-round; `latent_lr` and `generator_lr` are what it really does.
+`max` is as published but for three things: pixels are clipped in the end, images of any size are
+made, and on an accelerator the latents' rate hears of a loss up to nine iterations late. The
+paper's code gives its latents the rate it names that of the generator and the other way round;
+`latent_lr` and `generator_lr` are what it really does.
 
 The defaults differ where that was measured to be better. For 64 images of a CIFAR ResNet-20, means
 of two or three seeds; distances to batch norms (`calib_quality`), on the net itself and, behind the

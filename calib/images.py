@@ -21,7 +21,7 @@ _READ = 64  # images decoded at a time
 
 
 class Options(BaseModel):
-    """`path` is an `.npz`, a folder of images or class folders, or a folder with `labels.csv`.
+    """`path` is an `.npz`, a folder of images, or a `.safetensors` that `dfqc synth` wrote.
 
     All images are one batch: batches drawn one by one would repeat images.
     """

@@ -4,17 +4,18 @@ DeepInversion with two additions. Feature mixing: several nets of a zoo read the
 with its own normalization, and their losses are averaged. Data mixing: a second image is put,
 resized, into a random box of every image, and the result is to have both classes, by area.
 
-`max` is as published (section 5), except for the size of a batch; how losses' weights are learned
-is not, and Kendall's uncertainty weighting is taken. `quick` and `standard` have DeepInversion's
-cheaper settings, no learned weights, which gained nothing, and mix in half of the iterations:
-statistics that only mixed images were matched to are not those of the images. With a ResNet-20, -56
-and -8 on CIFAR-10, mixing never, in half and in all of the iterations left the ResNet-20's batch
-norms' distance at 0.12, 0.16 and 0.19, and the output of W4A4 at 9.0, 9.6 and 9.5 dB.
+`max` is as published (section 5), except for the size of a batch, the rate at CIFAR's size
+(DeepInversion's), and that the model itself is always one of the nets (`own`); how losses' weights
+are learned is not published, and Kendall's uncertainty weighting is taken. `quick` and `standard`
+have DeepInversion's cheaper settings, no learned weights, which gained nothing, and mix in half of
+the iterations: statistics that only mixed images were matched to are not those of the images. With
+a ResNet-20, -56 and -8 on CIFAR-10, mixing never, in half and in all of the iterations left the
+ResNet-20's batch norms' distance at 0.12, 0.16 and 0.19, and the output of W4A4 at 9.0, 9.6 and
+9.5 dB.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,6 @@ NEEDS_CLASSES = True
 USES_ZOO = True
 CARRIES = False
 
-log = logging.getLogger("dfqc.mixmix")
-
 _MIXED = {**CHEAP, "mix": 0.5, "learn_weights": False}
 # Changes to the defaults of `Options`. Measured, in CPU seconds: 28 and 82 for 64 images of CIFAR
 # ResNets 20, 56 and 8 (quick and standard); 120 for 32 images at 224 pixels of a 0.25 MobileNet and
@@ -49,7 +48,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 _ALONE = (
-    "no other models were given: images are made from the model alone, with data mixing only; "
+    "mixmix: no other models were given, so images come from the model alone, with data mixing; "
     "--zoo adds models of the same classes"
 )
 
@@ -97,14 +96,13 @@ def synthesize(
     for net in supplies.zoo:
         _check(net, graph)
     nets = _choose([graph, *supplies.zoo], options, rng)
-    if not supplies.zoo:
-        log.warning("%s: %s", graph.source, _ALONE)
     made = invert(
         graph, nets, count, options, Method("mixmix", options.mix, options.learn_weights),
         rng=rng, device=device, progress=progress, supplies=supplies,
     )  # fmt: skip
-    note = {} if supplies.zoo else {"note": _ALONE}
-    info = {**made.info, "models": [net.source for net in nets], **note}
+    info = {**made.info, "models": [net.source for net in nets]}
+    if not supplies.zoo:
+        info["note"] = "; ".join(filter(None, (_ALONE, made.info.get("note"))))
     return CalibSet(made.images, made.labels, made.source, info)
 
 

@@ -2,7 +2,8 @@
 
 The images themselves are optimized; there are no labels and no generator. Published settings:
 `statistic=per_image loss=std init=gaussian schedule=plateau iterations=500 lr=0.5 patience=0
-clip=false`. The defaults differ where that was measured to be better. Above all, moments are those
+clip=false`. The defaults differ where that was measured to be better, and `max` takes only the
+number of iterations from there. Above all, moments are those
 of the batch: asking every image for the moments of all classes together makes images that no
 class resembles, and activations near the output stay below those of real images (CIFAR ResNet-20,
 last block: at most 12 where real images reach 21), so that ranges calibrated on them clip.
@@ -11,7 +12,7 @@ last block: at most 12 where real images reach 21), so that ranges calibrated on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,7 @@ _LOSSES: Mapping[str, _bns.Loss] = {
     "kl": _bns.kl_loss,
 }
 _PLATEAU, _LOWEST_LR = 100, 1e-4  # published
+_READ_EVERY = 10  # iterations between two reads of the loss from an accelerator: each one waits
 _GAIN = 0.01  # a loss has fallen if it is this much below the lowest one before
 
 
@@ -125,7 +127,9 @@ def _optimize(
     leaf = z.detach().requires_grad_()  # shares the memory of z
     optimizer = torch.optim.Adam([leaf], lr=options.lr)
     schedule = (_Anneal if options.schedule == "anneal" else _Plateau)(optimizer, options, steps)
+    every = 1 if z.device.type == "cpu" else _READ_EVERY
     losses: list[float] = []
+    unread: list[Tensor] = []
     for _ in steps:
         found = [_bns.moments(leaf, per_image=per_image)]
         found += teacher(pixels.to_normalized(leaf)).moments
@@ -135,9 +139,16 @@ def _optimize(
         optimizer.step()
         if options.clip:
             z.clamp_(Z_LOW, Z_HIGH)
-        losses.append(loss.item())
+        unread.append(loss.detach())
+        if len(unread) < every and steps.left > 1:
+            schedule.step([])
+            continue
+        read = torch.stack(unread).tolist()
+        unread.clear()
+        losses += read
         progress(steps.done + 1, options.iterations, f"loss {losses[-1]:.3g}")
-        schedule.step(losses[-1])
+        schedule.step(read)
+    losses += [loss.item() for loss in unread]  # the time was over sooner than expected
     if steps.done < options.iterations:
         progress(options.iterations, options.iterations, f"loss {losses[-1]:.3g}")
     return losses
@@ -172,12 +183,13 @@ class _Anneal:
         self.flatness = _Flatness(options.patience)
         self.length: int | None = None  # of the fall, once it has begun early
 
-    def step(self, loss: float) -> None:
-        """Set the rate of the next iteration."""
+    def step(self, losses: Sequence[float]) -> None:
+        """Take the losses since the last call, and set the rate of the next iteration."""
         steps = self.steps
         half = steps.total // 2
         left = steps.left - 1  # behind the one that is just ending
-        if self.flatness.after(loss) and self.length is None and left > half:
+        flat = [self.flatness.after(loss) for loss in losses]
+        if any(flat) and self.length is None and left > half:
             self.length = half
             steps.end_in(half + 1)
             left = half
@@ -195,9 +207,10 @@ class _Plateau:
         self.flatness = _Flatness(options.patience)
         self.steps = steps
 
-    def step(self, loss: float) -> None:
-        """Set the rate of the next iteration; end where it is as low as it gets."""
-        self.schedule.step(loss)
-        lowest = bool(self.schedule.get_last_lr()[0] <= _LOWEST_LR)
-        if self.flatness.after(loss) and lowest:
-            self.steps.end_in(1)
+    def step(self, losses: Sequence[float]) -> None:
+        """Take the losses since the last call, set the rate, end where it is as low as it gets."""
+        for loss in losses:
+            self.schedule.step(loss)
+            lowest = bool(self.schedule.get_last_lr()[0] <= _LOWEST_LR)
+            if self.flatness.after(loss) and lowest:
+                self.steps.end_in(1)

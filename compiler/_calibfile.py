@@ -71,12 +71,29 @@ def open_calib_file(path: Path) -> tuple[TensorImages, NDArray[np.int64] | None,
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {})["dfqc"])
-            count = file.get_slice("images").get_shape()[0]
+            mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
+            images = file.get_slice("images")
+            count = images.get_shape()[0]
             labels = file.get_tensor("labels") if "labels" in file.keys() else None  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        _check(images.get_dtype(), images.get_shape(), labels, mean.shape, std.shape)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise LoadError(
             f"{path}: is no file of calibration images ({type(error).__name__}: {error}); expected "
             "what `dfqc synth MODEL -o FILE.safetensors` writes, an .npz or a folder of images"
         ) from error
-    mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
     return TensorImages(path, mean, std), labels, count
+
+
+def _check(
+    dtype: str,
+    shape: Sequence[int],
+    labels: NDArray[Any] | None,
+    *normalization: tuple[int, ...],
+) -> None:
+    """Raise ValueError for tensors that are no images of ours."""
+    if dtype != "F32" or len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"`images` is {dtype} {list(shape)}, expected F32 (n, c, h, w)")
+    if labels is not None and (labels.shape != (shape[0],) or labels.dtype.kind not in "iu"):
+        raise ValueError(f"`labels` is {labels.dtype} {labels.shape} for {shape[0]} images")
+    if any(found != (shape[1],) for found in normalization):
+        raise ValueError(f"mean and std are not of {shape[1]} channels")

@@ -1,16 +1,18 @@
 """Images in batches: a synthesizer, its options and a count in, one calibration set out.
 
 Each batch has its own seed and survives a kill. Where the run's time is limited, the batches share
-what synthesis may take of it: each does less work where all of it does not fit, and rather fewer
-images are made than worse and worse ones.
+what synthesis may take of it: each does less work where all of it does not fit, and no more batches
+are begun than leave every one a quarter of the time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
@@ -48,22 +50,22 @@ def make_images(
 
     plugin = plugins.load("synthesizer", name)
     graph, device = context.value("trace"), device_of(context)
-    size = min(options.batch_size, count)
-    sizes = [min(size, count - done) for done in range(0, count, size)]
+    sizes = split_evenly(count, options.batch_size)
     labels = _labels(context, count) if plugin.NEEDS_CLASSES else None
     chosen = options.model_dump(mode="json", exclude={"path"})  # data count by content
     report = context.progress()
     clock = _Clock(seconds)
     parts: list[CalibSet] = []
+    carry: Mapping[str, Tensor] = {}
     for place, images in enumerate(sizes):
         if parts and clock.is_over():
             break
-        index = start + place
+        index, first = start + place, sum(sizes[:place])
         rng = torch.Generator(device).manual_seed(context.seed(index))
         supplies = Supplies(
             zoo,
-            None if labels is None else labels[place * size : place * size + images],
-            parts[-1].carry if parts and plugin.CARRIES else {},
+            None if labels is None else labels[first : first + images],
+            carry,
             clock.grant(len(sizes) - place),
         )
 
@@ -75,12 +77,14 @@ def make_images(
             progress=_share(report, place, len(sizes)),
             supplies=supplies,
         )
-        part = {"synthesizer": name, "index": index, "images": images, "options": chosen}
-        parts.append(
-            context.checkpoint(
-                part, make, save_calib, load_calib, without=_NOT_PARTS, cut_short=_is_shortened
-            )
+        part = {"synthesizer": name, "index": index, "first": first, "images": images}
+        part |= {"options": chosen, "carry": _digest(carry)}
+        made: CalibSet = context.checkpoint(
+            part, make, save_calib, load_calib, without=_NOT_PARTS, cut_short=_is_shortened
         )
+        carry = made.carry if plugin.CARRIES else {}
+        parts.append(dataclasses.replace(made, carry={}))  # only the next batch needs it
+        _tell_notes(parts)
     _warn_of_limits(parts, count, seconds)
     return join(parts, asked=count)
 
@@ -96,6 +100,15 @@ def join(parts: Sequence[CalibSet], *, asked: int) -> CalibSet:
         parts[0].source,
         {"asked": asked, "batches": [dict(part.info) for part in parts]},
     )
+
+
+def split_evenly(count: int, most: int) -> list[int]:
+    """Return the sizes of batches of at most `most`, equal to within one image.
+
+    A last batch of a few images would have to match the statistics of all data by itself.
+    """
+    batches = -(-count // most)
+    return [count // batches + (place < count % batches) for place in range(batches)]
 
 
 def balance_labels(count: int, classes: int, seeds: Sequence[int]) -> Tensor:
@@ -141,6 +154,23 @@ class _Clock:
     def _left(self) -> float:
         assert self.seconds is not None
         return self.seconds - (time.monotonic() - self.start)
+
+
+def _digest(carry: Mapping[str, Tensor]) -> str | None:
+    """Return the SHA-256 of what a batch starts from; None if it starts from nothing."""
+    if not carry:
+        return None
+    total = hashlib.sha256()
+    for name, tensor in sorted(carry.items()):
+        total.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _tell_notes(parts: Sequence[CalibSet]) -> None:
+    """Say what the last batch notes, unless an earlier one did."""
+    *earlier, last = [part.info.get("note") for part in parts]
+    if last and last not in earlier:
+        log.warning("%s", last)
 
 
 def _is_shortened(calib: CalibSet) -> bool:

@@ -146,12 +146,15 @@ def _make_folder(target: Path) -> None:
 
 
 def _compare(driver: Driver, path: Path, target: Path, listener: Listener) -> dict[str, Any]:
+    import torch
+
     from dfqc.compiler.privacy import compare_to
 
     found = compare_to(
         driver.value("trace"),
         driver.value("synthesize"),
         path,
+        device=torch.device(driver.settings.recipe.device),
         progress=listener.reporter("compare"),
     )
     pairs = target.with_suffix(".pairs.png")

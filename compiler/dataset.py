@@ -125,8 +125,16 @@ def _mode(image: ImageSpec) -> str:
 
 
 def _prepare(picture: Pixels | Image, image: ImageSpec, name: str) -> Pixels:
-    """Resize and crop one picture to (h, w, c)."""
+    """Resize and crop one picture to (h, w, c); images that were made for a model stay as made."""
     channels, height, width = image.size
+    if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
+        if picture.shape == (height, width, channels):
+            return picture
+        made = "x".join(str(picture.shape[i]) for i in (2, 0, 1))
+        raise LoadError(
+            f"{name}: is {made}, made for another model than one that takes "
+            f"{channels}x{height}x{width}: make them for this model with `dfqc synth`"
+        )
     found = _size(picture)
     size = _resized(found, image)
     if isinstance(picture, np.ndarray) and size == found and picture.shape[2] == channels:
@@ -143,12 +151,6 @@ def _prepare(picture: Pixels | Image, image: ImageSpec, name: str) -> Pixels:
 
 
 def _redraw(picture: Pixels | Image, size: tuple[int, int], image: ImageSpec) -> Pixels:
-    if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
-        height, width, channels = picture.shape
-        raise LoadError(
-            f"calibration images of {channels}x{height}x{width} were given to a model that takes "
-            f"{'x'.join(map(str, image.size))}: make them for this model with `dfqc synth`"
-        )
     pillow = import_pillow()
     if isinstance(picture, np.ndarray):
         gray = picture.shape[2] == 1

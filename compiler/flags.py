@@ -49,7 +49,7 @@ FLAGS = (
     Flag("synth", str, "synthesizer of the images (dfqc list)", "NAME", _CALIB, ("--method",)),
     Flag("synth_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _CALIB),
     Flag("zoo", str, "more models of the same classes, for mixmix", "MODEL,MODEL", _CALIB),
-    Flag("calib_data", str, "real images instead: .npz, ImageFolder or labels.csv", "PATH", _CALIB),
+    Flag("calib_data", str, "images instead: .npz, .safetensors, folder", "PATH", _CALIB),
     Flag("samples", int, "number of calibration images", "N", _CALIB),
     Flag("quantizer", str, "quantizer (dfqc list)", "NAME", _QUANT),
     Flag("quantizer_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _QUANT),

@@ -81,13 +81,7 @@ def _members(recipe: Recipe) -> list[Recipe]:
 
 def _read_member(text: str, recipe: Recipe) -> Recipe:
     if Path(text).suffix in (".yaml", ".yml"):
-        member = make_recipe({}, Path(text))
-        if member.input_size and recipe.input_size and member.input_size != recipe.input_size:
-            log.warning(
-                "--zoo %s: is made for images of %s and sees those of %s",
-                *(text, member.input_size, recipe.input_size),
-            )
-        return member
+        return make_recipe({}, Path(text))
     model, _, arch = (text, "", "") if is_zoo(text) else text.partition("@")
     if not model:
         raise UsageError(
@@ -110,7 +104,12 @@ def _trace(member: Recipe, graph: Graph) -> Graph:
         seed=member.seed,
     )
     traced = frontend.trace(loaded)
+    if member.input_size and member.input_size != graph.image.size:
+        log.warning(
+            "--zoo %s: is made for images of %s and sees those of %s",
+            *(member.model, member.input_size, graph.image.size),
+        )
     if not traced.image.assumed:
         return traced
-    log.info("--zoo %s: normalization not given, taken from the main model", member.model)
+    log.warning("--zoo %s: normalization not given, taken from the main model", member.model)
     return dataclasses.replace(traced, image=graph.image)

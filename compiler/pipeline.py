@@ -74,7 +74,13 @@ def _engine(job: Job) -> Mapping[str, Any]:
 
 
 def _synthesizer(job: Job) -> tuple[str, ...]:
-    return (f"dfqc.calib.{job.recipe.synth}", "dfqc.compiler.calib_quality")
+    ours = ("dfqc.compiler.batches", "dfqc.compiler.calib_quality")
+    return (f"dfqc.calib.{job.recipe.synth}", *ours)
+
+
+def _held_out(job: Job) -> tuple[str, ...]:
+    ours = ("dfqc.compiler.batches", "dfqc.compiler.calib_quality")
+    return ("dfqc.calib.zeroq", "dfqc.calib.noise", *ours)
 
 
 def _quantizer(job: Job) -> tuple[str, ...]:
@@ -161,7 +167,7 @@ STAGES: tuple[Stage, ...] = (
         storage.load_calib,
         options=_pick("budget"),
         environment=_compute,
-        code=lambda job: ("dfqc.calib.zeroq", "dfqc.calib.noise", "dfqc.compiler.calib_quality"),
+        code=_held_out,
         seeded=True,
     ),
     Stage(

@@ -145,12 +145,13 @@ def require_batch_norm(name: str, present: bool) -> None:
 
 def require_classes(name: str, classes: int | None) -> None:
     """Refuse a synthesizer that makes images of classes for a model without any (exit 4)."""
-    if classes is not None or not plugins.load("synthesizer", name).NEEDS_CLASSES:
+    if not plugins.load("synthesizer", name).NEEDS_CLASSES or (classes or 0) >= 2:
         return
     names = plugins.available("synthesizer")
     others = [n for n in names if not plugins.load("synthesizer", n).NEEDS_CLASSES]
     raise UnsupportedError(
-        f"--synth {name}: makes images of classes, and the model's output is not (n, classes); "
+        f"--synth {name}: makes images of classes, and the model's output is not (n, classes) with "
+        f"at least two; "
         f"synthesizers without classes: {', '.join(others)}"
     )
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -72,17 +73,40 @@ def recorder(monkeypatch):
 def test_batches_have_their_sizes_seeds_labels_and_carry(recorder, tmp_path):
     context, zoo = Context(tmp_path), [models.trace_tiny("plain")]
     calib = batches.make_images(context, "rec", Options(), 10, zoo=zoo)
-    assert [c for c, _, _ in recorder.calls] == [4, 4, 2]
+    assert [c for c, _, _ in recorder.calls] == [4, 3, 3]
     assert [s for _, s, _ in recorder.calls] == [1000, 1001, 1002]
     assert all(s.zoo is zoo and s.seconds is None for _, _, s in recorder.calls)
     assert [dict(s.carry) for _, _, s in recorder.calls] == [
         {}, {"state": torch.tensor([1.0])}, {"state": torch.tensor([2.0])}
     ]  # fmt: skip
     assert calib.images.shape[0] == 10
-    assert calib.images[:, 0, 0, 0].tolist() == [1.0] * 4 + [2.0] * 4 + [3.0] * 2
+    assert calib.images[:, 0, 0, 0].tolist() == [1.0] * 4 + [2.0] * 3 + [3.0] * 3
+    assert calib.carry == {}  # only the next batch needs it
+    firsts = [part["first"] for part, _ in context.parts]
+    carries = [part["carry"] for part, _ in context.parts]
+    assert firsts == [0, 4, 7]
+    assert carries[0] is None
+    assert len(set(carries)) == 3  # what a batch starts from is part of its key
     assert sorted(calib.labels.tolist()) == list(range(10))  # one round: every class once
     assert context.reports[-1][:2] == (6, 6)
     assert calib.info["asked"] == 10
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(4, [4]), (5, [3, 2]), (8, [4, 4]), (9, [3, 3, 3])])
+def test_no_batch_is_a_left_over(count, sizes):
+    assert batches.split_evenly(count, 4) == sizes
+
+
+def test_a_note_is_told_once(recorder, tmp_path, caplog, monkeypatch):
+    make = recorder.synthesize
+
+    def noting(*arguments, **more):
+        made = make(*arguments, **more)
+        return dataclasses.replace(made, info={"note": "one net alone"})
+
+    monkeypatch.setattr(recorder, "synthesize", noting, raising=False)
+    batches.make_images(Context(tmp_path), "rec", Options(), 12)
+    assert caplog.text.count("one net alone") == 1
 
 
 def test_labels_of_an_image_do_not_depend_on_how_many_follow(recorder, tmp_path):

@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -44,8 +47,13 @@ def test_another_model_gets_them_in_its_own_normalization(calib, path):
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_what_was_made_for_a_model_is_neither_resized_nor_cropped(calib, path):
+    images, _ = read(path, dataclasses.replace(IMAGE, resize=12))
+    torch.testing.assert_close(images, calib.images, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_of_another_size_is_refused(path):
-    with pytest.raises(LoadError, match="3x8x8 were given to a model that takes 3x16x16"):
+    with pytest.raises(LoadError, match=r"image 0 of .*: is 3x8x8, made for .* takes 3x16x16"):
         read(path, ImageSpec((3, 16, 16)))
 
 
@@ -66,12 +74,33 @@ def test_equal_sets_have_equal_bytes_and_digests(calib, path, tmp_path):
     assert digest(again) != digest(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors at all", "weights"])
-def test_other_files_are_refused(content, tmp_path):
+ABOUT = json.dumps({"mean": [0.0] * 3, "std": [1.0] * 3})
+GOOD = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about"),
+    [
+        ({"weight": torch.zeros(2)}, None),
+        ({"images": GOOD}, None),
+        ({"images": GOOD}, "[]"),
+        ({"images": GOOD}, "{}"),
+        ({"images": GOOD[:, :1]}, ABOUT),
+        ({"images": GOOD[0]}, ABOUT),
+        ({"images": GOOD.half()}, ABOUT),
+        ({"images": GOOD[:0]}, ABOUT),
+        ({"images": GOOD, "labels": torch.zeros(3, dtype=torch.int64)}, ABOUT),
+        ({"images": GOOD, "labels": torch.zeros(2)}, ABOUT),
+        (b"", None),
+        (b"no tensors at all", None),
+    ],
+)
+def test_other_files_are_refused(tensors, about, tmp_path):
     path = tmp_path / "other.safetensors"
-    if content == "weights":
-        save_file({"weight": torch.zeros(2)}, path)
+    if isinstance(tensors, bytes):
+        path.write_bytes(tensors)
     else:
-        path.write_bytes(content)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path,
+                  metadata=about and {"dfqc": about})  # fmt: skip
     with pytest.raises(LoadError, match=r"other\.safetensors: is no file of calibration images"):
         open_dataset(path, IMAGE)

@@ -53,15 +53,11 @@ def test_all_nets_recognize_the_images_and_one_alone_does_not():
     assert mixed.info["loss"] < 0.5 * mixed.info["first_loss"]
 
 
-def test_one_net_alone_says_so(caplog):
+def test_one_net_alone_says_so():
     calib = make(trained("residual"), iterations=1)
     assert len(calib.info["models"]) == 1
-    assert "no other models were given" in calib.info["note"]
-    assert calib.info["note"] in caplog.text
-    assert "dfqc.mixmix" in {record.name for record in caplog.records}
-    caplog.clear()
+    assert "no other models were given" in calib.info["note"]  # the driver says it, once
     assert "note" not in make(trained("residual"), trained("depthwise"), iterations=1).info
-    assert "dfqc.mixmix" not in {record.name for record in caplog.records}
 
 
 def test_nets_are_drawn_per_batch():

@@ -12,13 +12,13 @@ from pydantic import BaseModel
 import models
 from dfqc.compiler import contracts, plugins
 from dfqc.compiler.contracts import CalibSet, QuantState
-from dfqc.compiler.errors import UsageError
+from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.graph import has_batch_norm
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.plan import make_plan
 from dfqc.compiler.spec import Bits, TargetSpec
-from dfqc.compiler.stages import require_batch_norm
+from dfqc.compiler.stages import require_batch_norm, require_classes
 from dfqc.compiler.storage import load_calib, load_state, save_calib, save_state
 
 CPU = torch.device("cpu")
@@ -225,6 +225,17 @@ def test_needs_bn_tells_the_truth(name, image_file):
     else:
         require_batch_norm(name, has_batch_norm(graph))
         assert len(synthesize(name, "no_norm", image_file, 0).images) == 4
+
+
+@each_synthesizer
+@pytest.mark.parametrize("classes", [None, 1])
+def test_needs_classes_tells_the_truth(name, classes):
+    if plugins.load("synthesizer", name).NEEDS_CLASSES:
+        with pytest.raises(UnsupportedError, match=r"without classes: .*zeroq"):
+            require_classes(name, classes)
+    else:
+        require_classes(name, classes)
+    require_classes(name, 2)
 
 
 @each_quantizer

@@ -70,6 +70,27 @@ def test_the_schedule_ends_with_the_time():
     assert rates[-1] == pytest.approx(2 / 50)
 
 
+def test_a_shortage_that_passes_is_still_one():
+    """Rates were lowered for fewer iterations: the images are not those of an unlimited run."""
+    clock = Clock()
+    steps = Steps(20, 30, clock=clock)
+    for place in steps:
+        clock.now += 5 if place < 4 else 0.01
+    assert steps.done == 20
+    assert steps.shortened
+
+
+def test_an_early_end_does_not_hide_a_shortage():
+    clock = Clock()
+    steps = Steps(100, 50, clock=clock)
+    for place in steps:
+        clock.now += 1
+        if place == 10:
+            steps.end_in(5)
+    assert steps.done == 15
+    assert steps.shortened
+
+
 def test_an_early_end_is_not_a_shortage():
     steps = Steps(100, 1e9)
     seen = []

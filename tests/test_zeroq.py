@@ -149,7 +149,7 @@ def rates(options: zeroq.Options, losses: list[float]) -> list[float]:
     found = []
     for place in steps:
         found.append(optimizer.param_groups[0]["lr"])
-        schedule.step(losses[place])
+        schedule.step([losses[place]])
     return found
 
 
