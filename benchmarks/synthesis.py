@@ -169,18 +169,9 @@ def render(rows: list[dict[str, Any]], command: str) -> str:
     """Return the Markdown table with its command."""
     head = [f"Command: `{command}`", "", LEGEND, ""]
     names = "| " + " | ".join(name for name, _ in COLUMNS) + " |"
-    body = [names, "|" + " --- |" * len(COLUMNS), *map(line, rows)]
-    several = ["", "Mean and standard deviation over seeds", "", *summarize(rows)]
-    return (
-        "\n".join(
-            [
-                *head,
-                *body,
-                *(several if len(rows) > len({(r["net"], r["method"]) for r in rows}) else []),
-            ]
-        )
-        + "\n"
-    )
+    rule = "|" + " --- |" * len(COLUMNS)
+    means = ["", "Mean and standard deviation over seeds", "", *summarize(rows)]
+    return "\n".join([*head, names, rule, *map(line, rows), *means]) + "\n"
 
 
 if __name__ == "__main__":
