@@ -64,6 +64,21 @@ class Generator(nn.Module):
         return z
 
 
+def count_weights(size: tuple[int, int, int], channels: int) -> int:
+    """Return the number of weights of a generator, biases of the convolutions left out."""
+    area = math.prod(math.ceil(side / _SCALE) for side in size[1:])
+    inner = max(channels // 2, 1)
+    return (LATENT + 1) * channels * area + 9 * inner * (channels + size[0])
+
+
+def count_outputs(size: tuple[int, int, int], channels: int) -> int:
+    """Return how many values per image a backward pass through a generator keeps."""
+    area = math.prod(math.ceil(side / _SCALE) for side in size[1:])
+    inner = max(channels // 2, 1)
+    # Each layer's output and its normalized copy: at a quarter of the side, at half, and at full.
+    return 2 * (channels * area + inner * 4 * area + size[0] * 16 * area)
+
+
 def double_and_convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the 3x3 convolution, padding 1, of `x` magnified twice by repeating pixels.
 

@@ -17,6 +17,7 @@ belongs to where it is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,11 @@ class Options(InversionOptions):
 def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
     """Return the forward-and-backward passes per image."""
     return _inversion_options.count_passes(options, size)
+
+
+def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
+    """Return the bytes of the images, their gradients, Adam's two moments, and a shifted copy."""
+    return 20 * count * math.prod(size)
 
 
 def synthesize(

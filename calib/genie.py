@@ -36,7 +36,14 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dfqc.calib import _bns
-from dfqc.calib._generator import CHANNELS, LATENT, Generator, Squash
+from dfqc.calib._generator import (
+    CHANNELS,
+    LATENT,
+    Generator,
+    Squash,
+    count_outputs,
+    count_weights,
+)
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, finish, pixel_map
 from dfqc.calib._steps import Steps, anneal
 from dfqc.calib._swing import swing_convolutions
@@ -114,6 +121,13 @@ class Options(ImageOptions):
 def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
     """Return the forward-and-backward passes per image: those of a batch with a fresh generator."""
     return options.iterations
+
+
+def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
+    """Return the bytes of the generator with its gradients and Adam's moments, and its outputs."""
+    return 4 * (
+        4 * count_weights(size, options.channels) + count * count_outputs(size, options.channels)
+    )
 
 
 def synthesize(

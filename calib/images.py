@@ -37,6 +37,11 @@ def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> flo
     return 0.0
 
 
+def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
+    """Return the bytes of nothing but the images."""
+    return 0
+
+
 def synthesize(
     graph: Graph,
     count: int,

@@ -16,6 +16,7 @@ ResNet-20's batch norms' distance at 0.12, 0.16 and 0.19, and the output of W4A4
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,11 @@ class Options(InversionOptions):
 def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
     """Return the forward-and-backward passes per image, those of other nets counted alike."""
     return _inversion_options.count_passes(options, size) * min(options.models, nets)
+
+
+def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
+    """Return the bytes of the images, their gradients, Adam's two moments, and two copies."""
+    return 24 * count * math.prod(size)
 
 
 def synthesize(

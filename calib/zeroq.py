@@ -77,6 +77,11 @@ def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> flo
     return options.iterations
 
 
+def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
+    """Return the bytes of the images, their gradients and Adam's two moments."""
+    return 16 * count * math.prod(size)
+
+
 def synthesize(
     graph: Graph,
     count: int,

@@ -174,6 +174,13 @@ class Synthesizer(Protocol):
         """
         ...
 
+    def count_bytes(self, options: Any, size: tuple[int, int, int], count: int) -> int:
+        """Return what a batch of `count` images keeps beside the model and its activations.
+
+        For estimates of memory; a zoo's networks run one at a time and are not counted.
+        """
+        ...
+
     def synthesize(
         self,
         graph: Graph,

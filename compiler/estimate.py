@@ -57,13 +57,16 @@ def estimate(
     passes = _BACKWARD * _passes(options, recipe.synth, facts, 1 + len(recipe.zoo))
     matched = _BACKWARD * MATCHED["iterations"] if facts["batch_norm"] else 0.0
     half = HELD_OUT // 2
+    own = plugins.load("synthesizer", recipe.synth).count_bytes(
+        options, tuple(facts["image"]["size"]), size
+    )
     pixels = recipe.samples * 4 * _count(facts["image"]["size"])
     weights = 4 * facts["params"]
     activations = 4 * facts["activations"]
     labelled = data.get("eval", {}).get("images", 0)
     kept = int(_KEPT * activations)
     rows = [
-        Estimate("synthesize", recipe.samples * passes * image, kept * size + pixels),
+        Estimate("synthesize", recipe.samples * passes * image, kept * size + own + 2 * pixels),
         Estimate("holdout", half * matched * image, kept * half),
         Estimate("quantize", 3 * recipe.samples * image, size * activations + pixels),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),

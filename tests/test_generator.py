@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfqc.calib._generator import LATENT, Generator, double_and_convolve
+from dfqc.calib._generator import LATENT, Generator, count_weights, double_and_convolve
 
 SIZES = [(3, 32, 32), (3, 30, 30), (1, 28, 28), (3, 227, 227), (3, 9, 14), (2, 5, 7), (3, 16, 97)]
 
@@ -103,3 +103,11 @@ def test_weights_are_drawn_as_torch_does_and_from_the_generator_alone():
         assert 0.95 * bound < mine.weight.abs().max() <= bound
         assert mine.weight.std() == pytest.approx(layer.weight.detach().std().item(), rel=0.1)
         assert mine.bias.abs().max() <= bound
+
+
+@pytest.mark.parametrize("size", [(3, 32, 32), (1, 30, 45)])
+def test_weights_are_counted(size):
+    generator = Generator(size, torch.Generator().manual_seed(0), channels=16)
+    kept = [generator.linear.weight, generator.linear.bias, generator.conv1.weight,
+            generator.conv2.weight]  # fmt: skip
+    assert count_weights(size, 16) == sum(values.numel() for values in kept)

@@ -152,6 +152,8 @@ def test_synthesizer_contract(name, image_file):
     check_signature(module.count_passes, contracts.Synthesizer.count_passes)
     options = options_of(module, name, image_file)
     assert (module.count_passes(options, (3, 16, 16), 1) > 0) == module.NEEDS_BN
+    check_signature(module.count_bytes, contracts.Synthesizer.count_bytes)
+    assert (module.count_bytes(options, (3, 16, 16), 8) > 0) == module.NEEDS_BN
     for constant in ("NEEDS_BN", "NEEDS_CLASSES", "USES_ZOO", "CARRIES"):
         assert isinstance(getattr(module, constant), bool)
         # What is asked before torch is loaded is read from the source.
