@@ -18,7 +18,7 @@ from torch import Tensor
 from dfqc.calib._inversion_options import InversionOptions, Settings, resolve
 from dfqc.calib._objective import TERMS, Method, Objective
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, finish, pixel_map
-from dfqc.calib._steps import Steps, anneal, cosine
+from dfqc.calib._steps import MEASURED, Steps, anneal, cosine
 from dfqc.calib.noise import draw
 from dfqc.compiler.batches import balance_labels
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies
@@ -174,7 +174,7 @@ class _Report:
         done = sum(steps.done for steps in self.steps) + 1  # the one under way is not counted yet
         total = sum(steps.total for steps in self.steps)
         total += sum(phase.iterations for phase in self.phases[len(self.steps) :])
-        if done % self.every == 0 or done == total:
+        if done % self.every == 0 or done == total or self.steps[-1].done < MEASURED:
             self.progress(min(done, total), total, f"loss {float(terms.sum()):.3g}")
 
     def summary(self) -> dict[str, Any]:

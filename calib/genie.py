@@ -45,7 +45,7 @@ from dfqc.calib._generator import (
     count_weights,
 )
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, finish, pixel_map
-from dfqc.calib._steps import Steps, anneal
+from dfqc.calib._steps import MEASURED, Steps, anneal
 from dfqc.calib._swing import swing_convolutions
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph, batch_norms, node_shapes
@@ -245,7 +245,7 @@ def _train(
         loss = loss_of(z)
         rates.descend(loss)
         unread.append(loss.detach())
-        if len(unread) == every or steps.left == 1:
+        if len(unread) >= every or steps.left == 1 or steps.done < MEASURED:
             read = torch.stack(unread).tolist()
             unread.clear()
             rates.learn_of(read)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dfqc.calib import _bns
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, PixelMap, finish, pixel_map
-from dfqc.calib._steps import Steps
+from dfqc.calib._steps import MEASURED, Steps
 from dfqc.calib.noise import draw
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph
@@ -45,6 +45,7 @@ _LOSSES: Mapping[str, _bns.Loss] = {
     "kl": _bns.kl_loss,
 }
 _PLATEAU, _LOWEST_LR = 100, 1e-4  # published
+_HOST = "cpu"
 _READ_EVERY = 10  # iterations between two reads of the loss from an accelerator: each one waits
 _GAIN = 0.01  # a loss has fallen if it is this much below the lowest one before
 
@@ -132,7 +133,7 @@ def _optimize(
     leaf = z.detach().requires_grad_()  # shares the memory of z
     optimizer = torch.optim.Adam([leaf], lr=options.lr)
     schedule = (_Anneal if options.schedule == "anneal" else _Plateau)(optimizer, options, steps)
-    every = 1 if z.device.type == "cpu" else _READ_EVERY
+    every = 1 if z.device.type == _HOST else _READ_EVERY
     losses: list[float] = []
     unread: list[Tensor] = []
     for _ in steps:
@@ -145,7 +146,7 @@ def _optimize(
         if options.clip:
             z.clamp_(Z_LOW, Z_HIGH)
         unread.append(loss.detach())
-        if len(unread) < every and steps.left > 1:
+        if len(unread) < every and steps.left > 1 and steps.done >= MEASURED:
             schedule.step([])
             continue
         read = torch.stack(unread).tolist()

@@ -182,3 +182,14 @@ def test_wrong_options_are_refused(wrong):
 def test_a_net_without_batch_norm_is_refused():
     with pytest.raises(UnsupportedError, match=r"need it: .*zeroq; that do not: images, noise"):
         make(trace_tiny("no_norm"))
+
+
+def test_reading_the_loss_seldom_changes_no_image(monkeypatch):
+    """As on an accelerator, where each read makes the host wait."""
+    graph, seen = trained("residual"), []
+    often = make(graph, iterations=25)
+
+    monkeypatch.setattr(zeroq, "_HOST", "another device")
+    seldom = make(graph, iterations=25, progress=lambda *report: seen.append(report[0]))
+    assert torch.equal(often.images, seldom.images)
+    assert seen == [1, 2, 3, 13, 23, 25]
