@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _nets import Net, list_nets
+from _tables import write_results
 
 BITS = ("w8a8", "w4a8", "w4a4")
 SOURCES = ("zeroq", "noise", "real")
@@ -56,12 +57,7 @@ def main() -> int:
                     rows.append(measure(net, bits, source, options, Path(scratch)))
                     print(line(rows[-1]), flush=True)
     table = render(rows, " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".md").write_text(table, encoding="utf-8")
-        text = json.dumps(rows, indent=1)
-        options.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    print("\n" + table)
+    write_results(rows, table, options.output)
     return 0
 
 

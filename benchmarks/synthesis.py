@@ -20,6 +20,7 @@ from typing import Any
 
 import _judge
 from _nets import Net, judge_of, list_nets, zoo_of
+from _tables import write_results
 
 NETS = (
     *("resnet20_cifar10", "resnet56_cifar10"),
@@ -59,12 +60,7 @@ def main() -> int:
                     rows.append(measure(net, method, seed, options, Path(scratch)))
                     print(line(rows[-1]), flush=True)
     table = render(rows, " ".join(["python", "benchmarks/synthesis.py", *sys.argv[1:]]))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".md").write_text(table, encoding="utf-8")
-        text = json.dumps(rows, indent=1)
-        options.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    print("\n" + table)
+    write_results(rows, table, options.output)
     return 0
 
 

@@ -10,9 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
+import torch
+from torch import Tensor
+
 # Iterations before the rest is planned; the first one also allocates. An accelerator is asked for
 # the loss in each of them: else what is timed is the queueing and not the work.
 MEASURED = 3
+_READ_EVERY = 10  # iterations between two reads of the loss from an accelerator
 
 
 class Steps:
@@ -67,6 +71,34 @@ class Steps:
     def end_in(self, count: int) -> None:
         """Plan only `count` more: nothing is gained by the others."""
         self.planned = self.total = self.done + count
+
+
+class Losses:
+    """Loss of every iteration; an accelerator is asked for them seldom, since each time it waits.
+
+    Attributes:
+        values: those that were read, in order.
+    """
+
+    def __init__(self, steps: Steps, device: torch.device) -> None:
+        self.values: list[float] = []
+        self._steps, self._unread = steps, list[Tensor]()
+        self._every = 1 if device.type == "cpu" else _READ_EVERY
+
+    def add(self, loss: Tensor) -> list[float]:
+        """Take the loss of the iteration under way; return what was read now, oldest first."""
+        self._unread.append(loss.detach())
+        steps = self._steps
+        if len(self._unread) < self._every and steps.left > 1 and steps.done >= MEASURED:
+            return []
+        return self.read()
+
+    def read(self) -> list[float]:
+        """Read what is left: the time may be over sooner than expected."""
+        found: list[float] = torch.stack(self._unread).tolist() if self._unread else []
+        self._unread.clear()
+        self.values += found
+        return found
 
 
 def anneal(fraction: float) -> float:

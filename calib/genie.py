@@ -45,7 +45,7 @@ from dfqc.calib._generator import (
     count_weights,
 )
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, finish, pixel_map
-from dfqc.calib._steps import MEASURED, Steps, anneal
+from dfqc.calib._steps import Losses, Steps, anneal
 from dfqc.calib._swing import swing_convolutions
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph, batch_norms, node_shapes
@@ -76,7 +76,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 _DECAY = 0.95  # of the generator's rate (published)
 _PLATEAU_DECAY, _LOWEST_LR = 0.1, 1e-4  # of the latents' rate (published)
-_READ_EVERY = 10  # iterations between two reads of the loss from an accelerator: each one waits
 
 # loss(z): of standardized pixels (n, c, h, w).
 _Loss = Callable[[Tensor], Tensor]
@@ -236,23 +235,17 @@ def _train(
 ) -> tuple[Tensor, list[float]]:
     """Train both; return z of the last pass, before its step, and the losses."""
     rates = _Rates(generator, latents.requires_grad_(), options)
-    every = 1 if latents.device.type == "cpu" else _READ_EVERY
-    losses: list[float] = []
-    unread: list[Tensor] = []
+    losses = Losses(steps, latents.device)
     for _ in steps:
         rates.plan(steps)
         z: Tensor = generator(latents)
         loss = loss_of(z)
         rates.descend(loss)
-        unread.append(loss.detach())
-        if len(unread) >= every or steps.left == 1 or steps.done < MEASURED:
-            read = torch.stack(unread).tolist()
-            unread.clear()
+        if read := losses.add(loss):
             rates.learn_of(read)
-            losses += read
-            progress(steps.done + 1, steps.total, f"loss {losses[-1]:.3g}")
-    losses += [loss.item() for loss in unread]  # the time was over sooner than expected
-    return z.detach(), losses
+            progress(steps.done + 1, steps.total, f"loss {read[-1]:.3g}")
+    losses.read()
+    return z.detach(), losses.values
 
 
 class _Rates:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dfqc.calib import _bns
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, PixelMap, finish, pixel_map
-from dfqc.calib._steps import MEASURED, Steps
+from dfqc.calib._steps import Losses, Steps
 from dfqc.calib.noise import draw
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph
@@ -45,8 +45,6 @@ _LOSSES: Mapping[str, _bns.Loss] = {
     "kl": _bns.kl_loss,
 }
 _PLATEAU, _LOWEST_LR = 100, 1e-4  # published
-_HOST = "cpu"
-_READ_EVERY = 10  # iterations between two reads of the loss from an accelerator: each one waits
 _GAIN = 0.01  # a loss has fallen if it is this much below the lowest one before
 
 
@@ -133,9 +131,7 @@ def _optimize(
     leaf = z.detach().requires_grad_()  # shares the memory of z
     optimizer = torch.optim.Adam([leaf], lr=options.lr)
     schedule = (_Anneal if options.schedule == "anneal" else _Plateau)(optimizer, options, steps)
-    every = 1 if z.device.type == _HOST else _READ_EVERY
-    losses: list[float] = []
-    unread: list[Tensor] = []
+    losses = Losses(steps, z.device)
     for _ in steps:
         found = [_bns.moments(leaf, per_image=per_image)]
         found += teacher(pixels.to_normalized(leaf)).moments
@@ -145,19 +141,14 @@ def _optimize(
         optimizer.step()
         if options.clip:
             z.clamp_(Z_LOW, Z_HIGH)
-        unread.append(loss.detach())
-        if len(unread) < every and steps.left > 1 and steps.done >= MEASURED:
-            schedule.step([])
-            continue
-        read = torch.stack(unread).tolist()
-        unread.clear()
-        losses += read
-        progress(steps.done + 1, options.iterations, f"loss {losses[-1]:.3g}")
+        read = losses.add(loss)
         schedule.step(read)
-    losses += [loss.item() for loss in unread]  # the time was over sooner than expected
+        if read:
+            progress(steps.done + 1, options.iterations, f"loss {read[-1]:.3g}")
+    losses.read()
     if steps.done < options.iterations:
-        progress(options.iterations, options.iterations, f"loss {losses[-1]:.3g}")
-    return losses
+        progress(options.iterations, options.iterations, f"loss {losses.values[-1]:.3g}")
+    return losses.values
 
 
 def _standard(z: Tensor) -> _bns.Moments:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dfqc.calib import noise, zeroq
+from dfqc.calib import _steps, noise, zeroq
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
 from dfqc.calib._steps import Steps
 from dfqc.compiler.calib_quality import bn_distance
@@ -189,7 +189,13 @@ def test_reading_the_loss_seldom_changes_no_image(monkeypatch):
     graph, seen = trained("residual"), []
     often = make(graph, iterations=25)
 
-    monkeypatch.setattr(zeroq, "_HOST", "another device")
+    reads = _steps.Losses.__init__
+
+    def seldom_reading(self, steps, device):
+        reads(self, steps, device)
+        self._every = _steps._READ_EVERY
+
+    monkeypatch.setattr(_steps.Losses, "__init__", seldom_reading)
     seldom = make(graph, iterations=25, progress=lambda *report: seen.append(report[0]))
     assert torch.equal(often.images, seldom.images)
     assert seen == [1, 2, 3, 13, 23, 25]
