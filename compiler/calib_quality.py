@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfqc.compiler._likeness import HALF_CODE, Twins, find_twins, shrink, to_pixels
 from dfqc.compiler._observe import Moments, Observer
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.graph import Graph, batch_norms, copy_graph
+from dfqc.compiler.graph import Graph, batch_norms, on_device
 
 # Where `warnings` begins. Measured on five CNNs for CIFAR-10, CIFAR-100 and ImageNet, 16 to 256
 # images each: real ones, those of zeroq (quick), 1/f noise and Gaussian noise.
@@ -126,7 +126,7 @@ def score(
     """
     _check_finite(images)
     device = device or torch.device("cpu")
-    graph = _on_device(graph, device)
+    graph = on_device(graph, device)
     observer = Observer(graph, device)
     thumbnails: list[Tensor] = []
     found: list[Tensor] = []
@@ -233,7 +233,7 @@ def bn_distance(
     (m - μ)² + (s - σ)² over the sum of σ². Empty for a model without batch norms.
     """
     device = device or torch.device("cpu")
-    graph = _on_device(graph, device)
+    graph = on_device(graph, device)
     observer = Observer(graph, device, activations=False)
     with torch.inference_mode():
         for part in images.split(batch):
@@ -295,14 +295,6 @@ def _entropy(counts: Sequence[int]) -> float:
 
 def _share(hits: Tensor) -> float:
     return float(hits.double().mean())
-
-
-def _on_device(graph: Graph, device: torch.device) -> Graph:
-    """Return the graph itself on the CPU, where it lives, and a copy on any other device."""
-    if device.type == "cpu":
-        return graph
-    copy = copy_graph(graph)
-    return Graph(copy.module.to(device), copy.image, copy.source)
 
 
 def _check_finite(images: Tensor) -> None:

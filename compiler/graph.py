@@ -75,6 +75,14 @@ def copy_graph(graph: Graph) -> Graph:
     return Graph(module.eval(), graph.image, graph.source)
 
 
+def on_device(graph: Graph, device: torch.device) -> Graph:
+    """Return the graph itself on the CPU, where it lives, and a copy on any other device."""
+    if device.type == "cpu":
+        return graph
+    copied = copy_graph(graph)
+    return Graph(copied.module.to(device), copied.image, copied.source)
+
+
 def layer_nodes(graph: Graph) -> list[tuple[str, fx.Node]]:
     """List (module path, node) of Conv2d, ConvTranspose2d and Linear in the order they run."""
     return [

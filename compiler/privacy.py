@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dfqc.compiler._likeness import Nearest, shrink, to_pixels
 from dfqc.compiler.contracts import CalibSet, Progress, silent
 from dfqc.compiler.dataset import ImageSet, open_dataset
-from dfqc.compiler.graph import Graph, copy_graph, layer_nodes
+from dfqc.compiler.graph import Graph, layer_nodes, on_device
 from dfqc.compiler.output import table
 from dfqc.compiler.report import contact_sheet
 from dfqc.compiler.stages_calib import as_pixels
@@ -163,9 +163,7 @@ class _Eye:
     """
 
     def __init__(self, graph: Graph, device: torch.device) -> None:
-        if device.type != "cpu":
-            copy = copy_graph(graph)
-            graph = Graph(copy.module.to(device), copy.image, copy.source)
+        graph = on_device(graph, device)
         self.module, self.image, self.device = graph.module, graph.image, device
         layers = list(dict.fromkeys(path for path, _ in layer_nodes(graph)))
         self.last = graph.module.get_submodule(layers[-1]) if len(layers) > 1 else None

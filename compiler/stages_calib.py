@@ -108,10 +108,9 @@ def _finished(context: Context, calib: CalibSet) -> tuple[CalibSet, bytes]:
 
 def as_pixels(images: Tensor, image: ImageSpec) -> np.ndarray:
     """Return normalized images as a camera would have seen them, uint8 (n, h, w, 1 or 3)."""
-    import torch
+    from dfqc.compiler._likeness import to_pixels
 
-    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (image.mean, image.std))
-    pixels = (images.cpu() * std + mean).clamp(0, 1) * 255
+    pixels = to_pixels(images.cpu(), image).clamp(0, 1) * 255
     channels = 3 if pixels.shape[1] == 3 else 1
     shown: np.ndarray = pixels[:, :channels].round().byte().permute(0, 2, 3, 1).numpy()
     return shown
