@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from dfqc.compiler.contracts import QParams, QTensor
+from dfqc.compiler.contracts import QParams, QTensor, WeightGrid
 from dfqc.compiler.spec import QScheme
 
 INT32_MAX = 2**31 - 1
@@ -47,6 +47,18 @@ def quantize_weight(weight: Tensor, scale: Tensor, scheme: QScheme) -> QTensor:
     """Round a weight to int8 codes; `scale` is (channels,) for a per-channel scheme."""
     view = channel_view(scale, weight.dim(), scheme.axis)
     return QTensor(quantize(weight, view, 0, scheme).to(torch.int8), scale)
+
+
+def round_to_grid(weight: Tensor, grid: WeightGrid, axis: int) -> QTensor:
+    """Round a weight to the nearest codes of its channels' grids; `axis` is the channel axis."""
+    scale, low = (channel_view(v, weight.dim(), axis) for v in (grid.scale, grid.low))
+    codes = clamp_codes((weight / scale).round_(), low, grid.levels)
+    return QTensor(codes.to(torch.int8), grid.scale)
+
+
+def clamp_codes(codes: Tensor, low: Tensor, levels: int) -> Tensor:
+    """Return `codes` cut off at low .. low + levels - 1; differentiable, `low` must broadcast."""
+    return torch.minimum(torch.maximum(codes, low), low + (levels - 1))
 
 
 def dequantize_weight(weight: QTensor, axis: int | None) -> Tensor:

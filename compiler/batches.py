@@ -197,9 +197,3 @@ def _share(report: Progress, place: int, batches: int) -> Progress:
         report(place * total + done, batches * total, note)
 
     return progress
-
-
-def share_of(context: Context, fraction: float) -> float | None:
-    """Return that part of the time that the run has left; None without a limit."""
-    left = context.seconds_left()
-    return None if left is None else max(0.0, fraction * left)

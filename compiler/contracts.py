@@ -17,12 +17,27 @@ if TYPE_CHECKING:
     from dfqc.compiler.graph import Graph
     from dfqc.compiler.spec import Plan, TargetSpec
 
+# checkpoint(part, make, save, load): return make(), which a killed run finds stored when it comes
+# back. `part` is plain data that says which part of the work it is; save and load take a folder.
+Checkpoint = Callable[
+    [Mapping[str, Any], Callable[[], Any], Callable[[Any, Path], None], Callable[[Path], Any]], Any
+]
 # progress(done, total, note): called by long work; the driver turns it into a bar with an ETA.
 Progress = Callable[[int, int, str], None]
 
 
 def silent(done: int, total: int, note: str) -> None:
     """Report nothing: the default `Progress`."""
+
+
+def forgetful(
+    part: Mapping[str, Any],
+    make: Callable[[], Any],
+    save: Callable[[Any, Path], None],
+    load: Callable[[Path], Any],
+) -> Any:
+    """Make a part and store nothing: the default `Checkpoint`."""
+    return make()
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,18 @@ class Supplies:
 
 
 @dataclass(frozen=True)
+class WeightGrid:
+    """The grids of a weight's channels: `scale` and smallest code `low`, both (channels,) float32.
+
+    Every channel has `levels` codes, low .. low + levels - 1, zero among them.
+    """
+
+    scale: torch.Tensor
+    low: torch.Tensor
+    levels: int
+
+
+@dataclass(frozen=True)
 class QTensor:
     """Integer codes of a weight (int8) with `scale` (channels,) float32; zero point is 0."""
 
@@ -109,6 +136,27 @@ class QuantState:
     biases: Mapping[str, torch.Tensor]
     acts: Mapping[str, QParams]
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizerSupplies:
+    """What a quantizer may use beside the folded graph and the calibration set.
+
+    Attributes:
+        unfolded: the same model with its batch norms, for methods that read their statistics.
+        held_out: images (n, c, h, w) made in another way: nothing is fitted to them, they choose
+            between results. None: a part of the calibration set is put aside for that.
+        memory_bytes: what the run may use in all; caches spill to disk beyond their share.
+        seconds: wall-clock the quantizer may take. It does less work where the planned does not
+            fit, and then sets `shortened` in its info to True. None: as long as it takes.
+        checkpoint: keeps finished parts of long work.
+    """
+
+    unfolded: Graph | None = None
+    held_out: torch.Tensor | None = None
+    memory_bytes: int | None = None
+    seconds: float | None = None
+    checkpoint: Checkpoint = forgetful
 
 
 @dataclass(frozen=True)
@@ -211,6 +259,7 @@ class QuantizerPlugin(Protocol):
         rng: torch.Generator,
         device: torch.device,
         progress: Progress = silent,
+        supplies: QuantizerSupplies = QuantizerSupplies(),
     ) -> QuantState:
         """Choose weights' codes and activations' grids."""
         ...

@@ -280,10 +280,10 @@ class Context:
 
         return checked
 
-    def seconds_left(self) -> float | None:
-        """Return what is left of the run's time limit; None without one."""
+    def share_of_time(self, fraction: float) -> float | None:
+        """Return that part of what is left of the run's time limit; None without one."""
         limit = self.driver.limits.seconds
-        return None if limit is None else limit - self.driver.elapsed()
+        return None if limit is None else max(0.0, fraction * (limit - self.driver.elapsed()))
 
     @property
     def is_last(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfqc.compiler import machine, stages, stages_calib, stages_engine, storage
+from dfqc.compiler import machine, plugins, stages, stages_calib, stages_engine, storage
 from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, Limits, Stage, StageRecord
@@ -84,7 +84,7 @@ def _held_out(job: Job) -> tuple[str, ...]:
 
 
 def _quantizer(job: Job) -> tuple[str, ...]:
-    return (f"dfqc.compiler.quantize.{job.recipe.quantizer}",)
+    return (plugins.module_name("quantizer", job.recipe.quantizer),)
 
 
 def _backend(*others: str) -> Callable[[Job], tuple[str, ...]]:
@@ -172,11 +172,11 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "quantize",
-        ("fold", "plan", "synthesize"),
+        ("trace", "fold", "plan", "synthesize", "holdout"),
         stages.quantize,
         storage.save_state,
         storage.load_state,
-        options=_pick("quantizer", "quantizer-option", "effort"),
+        options=_pick("quantizer", "quantizer-option", "effort", "budget"),
         environment=_compute,
         code=_quantizer,
         seeded=True,

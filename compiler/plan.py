@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from dfqc.compiler.graph import Graph, layer_nodes
-from dfqc.compiler.placement import place
+from dfqc.compiler.placement import is_spatial_zero_pad, place
 from dfqc.compiler.spec import (
+    MAX_BITS,
+    OFFSET_BITS,
     Bits,
     LayerPlan,
     Plan,
@@ -26,6 +28,7 @@ from dfqc.compiler.spec import (
 )
 
 FLOAT = Bits(32, 32)
+IMAGE_KEPT = "reads the image, which has 8 bits by itself: not narrowed (--layer does)"
 WEIGHT_ONLY = "weight-only: weights dequantized at load"
 # An engine dequantizes at load for a whole file or not at all.
 WEIGHT_ONLY_MIXED = "weight-only beside integer layers: weights dequantized in every call, slow"
@@ -55,6 +58,8 @@ def make_plan(
     for name, layer_bits in asked.items():
         check_bits(layer_bits, target, where=name)
     layers = {name: _plan_layer(graph, target, name, asked[name], calls[name]) for name in calls}
+    if ends is None:
+        layers |= _keep_image(layers, nodes, rules)
     quantizers, inputs = place(graph, target, layers)
     return Plan(
         target.name,
@@ -67,6 +72,31 @@ def make_plan(
     )
 
 
+def _keep_image(
+    layers: Mapping[str, LayerPlan], nodes: Sequence[tuple[str, fx.Node]], rules: Sequence[Rule]
+) -> dict[str, LayerPlan]:
+    """Leave the image at 8 bits where it would be narrowed without anybody asking for it.
+
+    The literature's k bits everywhere are those of weights and of activations; the image has 8
+    bits by itself.
+    """
+    kept = {}
+    for name, node in nodes:
+        layer = layers[name]
+        source = node.args[0]
+        while isinstance(source, fx.Node) and is_spatial_zero_pad(source):
+            source = source.args[0]
+        reads_image = isinstance(source, fx.Node) and source.op == "placeholder"
+        if not reads_image or layer.exported.act >= MAX_BITS:
+            continue
+        if any(rule.matches(name) for rule in rules):
+            continue
+        exported = Bits(layer.exported.weight, MAX_BITS)
+        reason = "; ".join(part for part in (IMAGE_KEPT, layer.reason) if part)
+        kept[name] = dataclasses.replace(layer, exported=exported, reason=reason)
+    return kept
+
+
 def _plan_layer(
     graph: Graph, target: TargetSpec, name: str, asked: Bits, calls: list[fx.Node]
 ) -> LayerPlan:
@@ -74,7 +104,8 @@ def _plan_layer(
     exported, reason = _export_bits(target, op, asked, len(calls))
     scheme = None
     if not exported.is_float:
-        scheme = QScheme(exported.weight, signed=True, symmetric=True, axis=0)
+        even = exported.weight > OFFSET_BITS
+        scheme = QScheme(exported.weight, signed=True, symmetric=even, axis=0)
     return LayerPlan(name, calls[0].name, op, asked, exported, scheme, None, reason)
 
 

@@ -32,7 +32,8 @@ def available(kind: str) -> tuple[str, ...]:
     """
     package, attribute = KINDS[kind]
     folder = importlib.import_module(package).__path__
-    names = sorted(m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_"))
+    files = sorted(m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_"))
+    names = [name.replace("_", "-") for name in files]
     if kind != "target":
         return tuple(names)
     return tuple(n for n in names if hasattr(importlib.import_module(f"{package}.{n}"), attribute))
@@ -41,11 +42,16 @@ def available(kind: str) -> tuple[str, ...]:
 def load(kind: str, name: str) -> Any:
     """Return the plug-in module; an unknown name is answered with the names there are."""
     check_name(kind, name)
-    package, attribute = KINDS[kind]
-    module = importlib.import_module(f"{package}.{name}")
+    attribute = KINDS[kind][1]
+    module = importlib.import_module(module_name(kind, name))
     if not hasattr(module, attribute):
         raise TypeError(f"{module.__name__} is no {kind}: it has no `{attribute}`")
     return module
+
+
+def module_name(kind: str, name: str) -> str:
+    """Return the full name of a plug-in's module: `genie-m` lives in `genie_m.py`."""
+    return f"{KINDS[kind][0]}.{name.replace('-', '_')}"
 
 
 def check_name(kind: str, name: str) -> None:
@@ -60,7 +66,7 @@ def check_name(kind: str, name: str) -> None:
 
 def summary(kind: str, name: str) -> str:
     """First line of a plug-in's docstring, read from its source: loading it may load torch."""
-    source = find_source(f"{KINDS[kind][0]}.{name}")
+    source = find_source(module_name(kind, name))
     text = source.read_text(encoding="utf-8") if source else ""
     return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
 
@@ -71,7 +77,7 @@ def constant(kind: str, name: str, attribute: str) -> Any:
 
     None where it is not assigned at the top of the file, as a literal.
     """
-    source = find_source(f"{KINDS[kind][0]}.{name}")
+    source = find_source(module_name(kind, name))
     tree = ast.parse(source.read_text(encoding="utf-8") if source else "")
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(

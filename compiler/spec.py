@@ -16,6 +16,9 @@ from typing import Any
 
 from dfqc.compiler.errors import UnsupportedError, UsageError
 
+# Weights of this many bits and fewer may shift their codes per channel (see `QScheme`): shifted,
+# they still fit the four bits that they are stored in.
+OFFSET_BITS = 3
 FLOAT_BITS = (16, 32)  # activation "bits" that mean: not quantized
 MAX_BITS = 8
 MIN_BITS = 2
@@ -23,7 +26,12 @@ MIN_BITS = 2
 
 @dataclass(frozen=True)
 class QScheme:
-    """An integer grid. `axis` None is per tensor; otherwise one scale per index of that axis."""
+    """An integer grid. `axis` None is per tensor; otherwise one scale per index of that axis.
+
+    An asymmetric grid per channel lets every channel choose its own `levels` consecutive codes
+    around zero. Its zero point stays 0 in the file: the codes are stored less the zero point, in
+    a container wide enough for all of them (`quant_min` to `quant_max`).
+    """
 
     bits: int
     signed: bool
@@ -33,17 +41,31 @@ class QScheme:
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"bits must be {MIN_BITS}..{MAX_BITS}, got {self.bits}")
-        if self.axis is not None and not self.symmetric:
-            raise UsageError("per-channel schemes are symmetric here, got an asymmetric one")
+        if self.axis is not None and not self.symmetric and not self.signed:
+            raise UsageError("per-channel schemes are signed here, got an unsigned asymmetric one")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes that one tensor, or one channel, can use."""
+        return 1 << self.bits
+
+    @property
+    def per_channel_offset(self) -> bool:
+        """Report whether every channel chooses where around zero its codes lie."""
+        return self.axis is not None and not self.symmetric
 
     @property
     def quant_min(self) -> int:
         """Smallest code."""
+        if self.per_channel_offset:
+            return 1 - self.levels
         return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def quant_max(self) -> int:
         """Largest code."""
+        if self.per_channel_offset:
+            return self.levels - 1
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import machine, plugins
-from dfqc.compiler.contracts import ImageSpec, Lowered, QuantState
+from dfqc.compiler.contracts import ImageSpec, Lowered, QuantizerSupplies, QuantState
 from dfqc.compiler.driver import Context
 from dfqc.compiler.errors import EnvironmentFault, LoadError, UnsupportedError
 from dfqc.compiler.job import Job
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dfqc.compiler.graph import Graph
 
 FACTS, DATA = "facts.json", "data.json"
+_QUANTIZE_SHARE = 0.7  # of the time left; lowering, parity and measuring come after
 
 
 def trace(context: Context) -> tuple[Graph, dict[str, Any]]:
@@ -192,6 +193,13 @@ def quantize(context: Context) -> QuantState:
 
     recipe = context.settings.recipe
     plugin = plugins.load("quantizer", recipe.quantizer)
+    supplies = QuantizerSupplies(
+        unfolded=context.value("trace"),
+        held_out=context.value("holdout").images,
+        memory_bytes=recipe.memory_bytes,
+        seconds=context.share_of_time(_QUANTIZE_SHARE),
+        checkpoint=context.checkpoint,
+    )
     options = plugin_options(plugin, recipe.quantizer, recipe.effort, recipe.quantizer_option)
     device = device_of(context)
     state: QuantState = plugin.quantize(
@@ -202,6 +210,7 @@ def quantize(context: Context) -> QuantState:
         rng=torch.Generator(device).manual_seed(context.seed()),
         device=device,
         progress=context.progress(),
+        supplies=supplies,
     )
     return state
 

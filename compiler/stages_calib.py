@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
-from dfqc.compiler.batches import join, make_images, share_of
+from dfqc.compiler.batches import join, make_images
 from dfqc.compiler.contracts import CalibSet, ImageSpec
 from dfqc.compiler.driver import Context
 from dfqc.compiler.options import plugin_options
@@ -58,7 +58,7 @@ def synthesize(context: Context) -> tuple[CalibSet, bytes]:
         options,
         recipe.samples,
         zoo=context.value("zoo") if plugin.USES_ZOO else (),
-        seconds=share_of(context, _SHARE_ALONE if context.is_last else _SHARE),
+        seconds=context.share_of_time(_SHARE_ALONE if context.is_last else _SHARE),
     )
     return _finished(context, calib)
 
@@ -82,7 +82,7 @@ def hold_out(context: Context) -> tuple[CalibSet, bytes]:
     if not has_batch_norm(context.value("trace")):
         return _finished(context, make_images(context, "noise", noise, HELD_OUT))
     matched = plugin_options(plugins.load("synthesizer", "zeroq"), "zeroq", "quick", MATCHED)
-    seconds = share_of(context, _SHARE_HELD_OUT)
+    seconds = context.share_of_time(_SHARE_HELD_OUT)
     parts = [
         make_images(context, "zeroq", matched, HELD_OUT // 2, seconds=seconds),
         make_images(context, "noise", noise, HELD_OUT // 2, start=_NOISE_SEEDS),

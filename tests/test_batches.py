@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel
 
 import models
-from dfqc.compiler import batches, plugins
+from dfqc.compiler import batches, driver, plugins
 from dfqc.compiler.contracts import CalibSet
 
 
@@ -158,6 +158,10 @@ def test_no_time_at_all_still_makes_one_batch(recorder, tmp_path):
 
 
 def test_the_share_of_the_time_left():
-    assert batches.share_of(SimpleNamespace(seconds_left=lambda: None), 0.5) is None
-    assert batches.share_of(SimpleNamespace(seconds_left=lambda: 8.0), 0.5) == 4.0
-    assert batches.share_of(SimpleNamespace(seconds_left=lambda: -8.0), 0.5) == 0.0
+    def context(seconds, elapsed):
+        limits = SimpleNamespace(seconds=seconds)
+        return driver.Context(SimpleNamespace(limits=limits, elapsed=lambda: elapsed), None)
+
+    assert context(None, 5.0).share_of_time(0.5) is None
+    assert context(10.0, 2.0).share_of_time(0.5) == 4.0
+    assert context(10.0, 18.0).share_of_time(0.5) == 0.0

@@ -150,3 +150,13 @@ def test_plans_of_all_nets_are_consistent(net, target):
         assert (layer.input is None) == layer.exported.is_float
         if layer.input is not None:
             assert plan.quantizers[layer.input].scheme.bits == layer.exported.act
+
+
+def test_the_image_keeps_its_eight_bits_unless_a_rule_narrows_it():
+    graph = quantized.folded("residual")
+    kept = quantized.plan(graph, "w3a3", ends=None).layers["conv1"]
+    assert (kept.asked, kept.exported) == (Bits(3, 3), Bits(3, 8))
+    assert "reads the image" in kept.reason
+    narrowed = quantized.plan(graph, "w3a3", "conv1=w3a3", ends=None).layers["conv1"]
+    assert narrowed.exported == Bits(3, 3)
+    assert quantized.plan(graph, "w3a8", ends=None).layers["conv1"].reason == ort.TARGET.kernel_note

@@ -272,6 +272,8 @@ def test_quantizer_decides_everything_on_its_grids(name, net, bits, tmp_path):
         assert weight.codes.dtype == torch.int8
         assert weight.codes.min() >= layer.weight.quant_min
         assert weight.codes.max() <= layer.weight.quant_max
+        codes = weight.codes.flatten(1).int()
+        assert (codes.amax(1).clamp_min(0) - codes.amin(1).clamp_max(0) < layer.weight.levels).all()
         assert (weight.scale > 0).all()
     for quantizer in plan.quantizers.values():
         grid = state.acts[quantizer.name]

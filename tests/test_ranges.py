@@ -17,6 +17,7 @@ from dfqc.compiler.quantize._ranges import (
     Histogram,
     activation_qparams,
     collect_histograms,
+    weight_grid,
     weight_scale,
 )
 from dfqc.compiler.spec import QScheme
@@ -237,3 +238,39 @@ def test_activations_that_are_not_finite_are_refused(bad):
     images[3, 0, 5, 5] = bad
     with pytest.raises(LoadError, match=r"stem_0: .* finite"):
         collect_histograms(quantized.folded("plain"), ["stem_0"], images, batch=2, device=CPU)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("method", ["mse", "minmax"])
+def test_a_shifted_grid_follows_a_skewed_channel(bits, method):
+    rng = np.random.default_rng(3)
+    weight = rng.gamma(2.0, size=(6, 40)).astype(np.float32)
+    weight[3:] *= -1
+    grid = weight_grid(torch.from_numpy(weight), QScheme(bits, True, False, 0), method)
+    top = 2**bits - 1
+    assert grid.levels == top + 1
+    assert grid.low.tolist() == [0, 0, 0, -top, -top, -top]
+    if method == "minmax":
+        np.testing.assert_allclose(grid.scale, np.abs(weight).max(1) / top, rtol=1e-6)
+
+
+def test_a_shifted_grid_is_the_best_of_a_hundred_ranges():
+    rng = np.random.default_rng(4)
+    weight = (rng.standard_t(4, size=(8, 30)) + 0.5).astype(np.float32)
+    grid = weight_grid(torch.from_numpy(weight), QScheme(2, True, False, 0), "mse")
+    rows = weight.astype(np.float64)
+    low, high = np.minimum(rows.min(1), 0), np.maximum(rows.max(1), 0)
+    errors = []
+    for step in range(1, 101):
+        scale = (high - low) * step / 100 / 3
+        zero = np.clip(np.rint(low * step / 100 / scale), -3, 0)[:, None]
+        codes = np.clip(np.rint(rows / scale[:, None]), zero, zero + 3)
+        errors.append((np.abs(codes * scale[:, None] - rows) ** 2.4).mean(1))
+    real = affine.dequantize_weight(affine.round_to_grid(torch.from_numpy(weight), grid, 0), 0)
+    found = (np.abs(real.double().numpy() - rows) ** 2.4).mean(1)
+    np.testing.assert_allclose(found, np.min(errors, 0), rtol=1e-4)
+
+
+def test_a_channel_of_zeros_has_scale_one():
+    grid = weight_grid(torch.zeros(2, 5), QScheme(3, True, False, 0), "mse")
+    assert (grid.scale == 1).all()

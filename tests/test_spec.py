@@ -161,9 +161,18 @@ def test_a_grid_of_any_other_width_is_refused(bits):
         QScheme(bits, True, True)
 
 
-def test_a_per_channel_grid_is_symmetric():
-    with pytest.raises(UsageError, match="symmetric"):
-        QScheme(8, True, False, axis=0)
+def test_an_asymmetric_per_channel_grid_is_signed():
+    with pytest.raises(UsageError, match="signed"):
+        QScheme(2, False, False, axis=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_shifted_channel_still_fits_four_bits(bits):
+    scheme = QScheme(bits, True, False, axis=0)
+    assert scheme.levels == 2**bits
+    assert (scheme.quant_min, scheme.quant_max) == (-scheme.levels + 1, scheme.levels - 1)
+    assert scheme.quant_min >= -8
+    assert scheme.quant_max <= 7
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dfqc.compiler import affine
-from dfqc.compiler.contracts import Progress, QParams, silent
+from dfqc.compiler.contracts import Progress, QParams, WeightGrid, silent
 from dfqc.compiler.errors import LoadError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.spec import QScheme
@@ -48,6 +48,44 @@ def weight_scale(weight: Tensor, scheme: QScheme, method: str) -> Tensor:
         best = torch.where(better, scale, best)
         best_error = torch.where(better, error, best_error)
     return best
+
+
+def weight_grid(weight: Tensor, scheme: QScheme, method: str) -> WeightGrid:
+    """Return the grid of every channel, as `weight_scale` does; an asymmetric one has its offset.
+
+    With `mse` the offset is searched together with the clipping ratio: that of the clipped
+    range's zero point (Genie's code, section 2.1 of Nagel et al. 2021 for the zero point).
+    """
+    if not scheme.per_channel_offset:
+        scale = weight_scale(weight, scheme, method)
+        return WeightGrid(scale, torch.full_like(scale, scheme.quant_min), scheme.levels)
+    rows = weight.detach().float().movedim(scheme.axis or 0, 0).flatten(1)
+    least, most = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
+    top = scheme.levels - 1
+    best = _clipped_grid(least, most, top)
+    if method == "minmax":
+        return best
+    best_error = torch.full_like(best.scale, torch.inf)
+    for step in range(RATIOS, 0, -1):
+        ratio = step / RATIOS
+        grid = _clipped_grid(least * ratio, most * ratio, top)
+        rounded = affine.dequantize_weight(affine.round_to_grid(rows, grid, 0), 0)
+        error = (rounded - rows).abs_().pow_(NORM).mean(1)
+        better = error < best_error
+        best = WeightGrid(
+            torch.where(better, grid.scale, best.scale),
+            torch.where(better, grid.low, best.low),
+            grid.levels,
+        )
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def _clipped_grid(low: Tensor, high: Tensor, top: int) -> WeightGrid:
+    """Return the grids that cover [low, high], rows of zeros with scale 1."""
+    scale = (high - low) / top
+    scale = torch.where(scale > affine.SMALLEST_SCALE, scale, torch.ones_like(scale))
+    return WeightGrid(scale, (low / scale).round_().clamp_(-top, 0), top + 1)
 
 
 @dataclass

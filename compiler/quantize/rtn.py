@@ -5,6 +5,8 @@ In: a folded graph, calibration images and a plan. Out: a `QuantState`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,9 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dfqc.compiler import affine
-from dfqc.compiler.contracts import CalibSet, Progress, QParams, QTensor, QuantState, silent
+from dfqc.compiler.contracts import (
+    CalibSet,
+    Progress,
+    QParams,
+    QTensor,
+    QuantizerSupplies,
+    QuantState,
+    WeightGrid,
+    silent,
+)
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.quantize._ranges import activation_qparams, collect_histograms, weight_scale
+from dfqc.compiler.quantize._ranges import activation_qparams, collect_histograms, weight_grid
 from dfqc.compiler.spec import LayerPlan, Plan, Quantizer
 
 
@@ -41,6 +52,7 @@ def quantize(
     rng: torch.Generator,
     device: torch.device,
     progress: Progress = silent,
+    supplies: QuantizerSupplies = QuantizerSupplies(),
 ) -> QuantState:
     """Choose activation grids from the images, then round every weight to its grid.
 
@@ -52,8 +64,9 @@ def quantize(
         rng: unused, rounding to nearest is deterministic.
         device: where the images are run through the graph.
         progress: called per batch.
+        supplies: unused.
     """
-    del rng
+    del rng, supplies
     graph.module.to(device)
     acts = activation_grids(graph, calib, plan, options, device=device, progress=progress)
     weights, biases = {}, {}
@@ -61,7 +74,7 @@ def quantize(
         if layer.weight is None:
             continue
         module = graph.module.get_submodule(layer.name)
-        bias = _bias(module)
+        bias = layer_bias(module)
         weights[layer.name] = round_weight(module, layer, acts, options.weights)
         if bias is not None:
             biases[layer.name] = bias
@@ -101,18 +114,29 @@ def activation_grids(
 
 
 def round_weight(
-    module: nn.Module, layer: LayerPlan, acts: dict[str, QParams], method: str
+    module: nn.Module, layer: LayerPlan, acts: Mapping[str, QParams], method: str
 ) -> QTensor:
-    """Return the codes of one layer's weight with scales that leave room for its bias."""
+    """Return the codes of one layer's weight, nearest on `layer_grid`."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     assert layer.weight is not None
-    weight = weight.detach().cpu()
-    scale = weight_scale(weight, layer.weight, method)
-    bias = _bias(module)
-    if layer.input is not None and bias is not None:
-        scale = torch.maximum(scale, smallest_weight_scale(bias, acts[layer.input].scale))
-    return affine.quantize_weight(weight, scale, layer.weight)
+    grid = layer_grid(module, layer, acts, method)
+    return affine.round_to_grid(weight.detach().cpu(), grid, layer.weight.axis or 0)
+
+
+def layer_grid(
+    module: nn.Module, layer: LayerPlan, acts: Mapping[str, QParams], method: str
+) -> WeightGrid:
+    """Return the grids of one layer's weight with scales that leave room for its bias."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    assert layer.weight is not None
+    grid = weight_grid(weight.detach().cpu(), layer.weight, method)
+    bias = layer_bias(module)
+    if layer.input is None or bias is None:
+        return grid
+    least = smallest_weight_scale(bias, acts[layer.input].scale)
+    return dataclasses.replace(grid, scale=torch.maximum(grid.scale, least))
 
 
 def smallest_weight_scale(bias: Tensor, input_scale: float) -> Tensor:
@@ -129,6 +153,7 @@ def _image_grid(graph: Graph, quantizer: Quantizer) -> QParams:
     return affine.affine_qparams(*graph.image.pixel_range(), quantizer.scheme)
 
 
-def _bias(module: nn.Module) -> Tensor | None:
+def layer_bias(module: nn.Module) -> Tensor | None:
+    """Return a layer's own bias as float32 on the CPU, if it has one."""
     bias = module.bias
     return bias.detach().cpu().float() if isinstance(bias, Tensor) else None
