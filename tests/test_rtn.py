@@ -10,7 +10,7 @@ import quantized
 from dfqc.compiler import affine
 from dfqc.compiler.graph import copy_graph
 from dfqc.compiler.quantize import rtn
-from dfqc.compiler.quantize._ranges import weight_scale
+from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.spec import QScheme
 
 
@@ -146,7 +146,7 @@ def test_dead_channels_leave_room_for_their_bias(bits):
     assert codes.abs().max() <= affine.BIAS_LIMIT * (1 + 1e-6)
     step = grid.scale * weight.scale.double()
     np.testing.assert_allclose((codes * step)[:4], conv.bias[:4], atol=1e-8)
-    untouched = weight_scale(conv.weight[4:], plan.layers["conv2"].weight, "mse")
+    untouched = weight_grid(conv.weight[4:], plan.layers["conv2"].weight, "mse").scale
     assert torch.equal(weight.scale[4:], untouched)
 
 
