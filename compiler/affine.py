@@ -52,8 +52,12 @@ def quantize_weight(weight: Tensor, scale: Tensor, scheme: QScheme) -> QTensor:
 def round_to_grid(weight: Tensor, grid: WeightGrid, axis: int) -> QTensor:
     """Round a weight to the nearest codes of its channels' grids; `axis` is the channel axis."""
     scale, low = (channel_view(v, weight.dim(), axis) for v in (grid.scale, grid.low))
-    codes = clamp_codes((weight / scale).round_(), low, grid.levels)
-    return QTensor(codes.to(torch.int8), grid.scale)
+    return QTensor(nearest_codes(weight, scale, low, grid.levels).to(torch.int8), grid.scale)
+
+
+def nearest_codes(real: Tensor, scale: Tensor, low: Tensor, levels: int) -> Tensor:
+    """Return the nearest codes among low .. low + levels - 1 as floats; all must broadcast."""
+    return clamp_codes((real / scale).round_(), low, levels)
 
 
 def clamp_codes(codes: Tensor, low: Tensor, levels: int) -> Tensor:

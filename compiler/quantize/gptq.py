@@ -1,0 +1,287 @@
+"""Column-wise rounding that compensates its own errors (GPTQ), from images or batch norms.
+
+In: a folded graph, calibration images and a plan. Out: a `QuantState`, in seconds: the second
+moments of every layer's input say which errors cancel (Frantar et al. 2023). The moments are
+measured on the images, in the network quantized so far, or derived from batch-norm statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from dfqc.compiler import affine
+from dfqc.compiler.contracts import (
+    CalibSet,
+    Progress,
+    QParams,
+    QTensor,
+    QuantizerSupplies,
+    QuantState,
+    WeightGrid,
+    silent,
+)
+from dfqc.compiler.errors import UsageError
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.moments import Moments, folded_moments
+from dfqc.compiler.quantize import rtn
+from dfqc.compiler.quantize._columns import (
+    Order,
+    factorize,
+    output_errors,
+    refit_scales,
+    round_factored,
+    shift_target,
+)
+from dfqc.compiler.quantize._hessian import (
+    SecondMoments,
+    derive_moments,
+    group_shape,
+    measure_moments,
+)
+from dfqc.compiler.quantize._walk import Walk
+from dfqc.compiler.spec import LayerPlan, Plan
+
+MEMORY_BYTES = 4 << 30  # where nobody set a limit
+
+
+class Options(rtn.Options):
+    """Options of column-wise rounding; the ranges are those of round-to-nearest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hessian: Literal["images", "bn"] = "images"
+    images: int = Field(256, ge=1, description="images of the calibration set to measure on")
+    patches: int = Field(1 << 15, ge=1, description="input patches per layer to measure on")
+    damping: float = Field(0.01, ge=0, description="parts of the Hessian's mean diagonal")
+    block_size: int = Field(128, ge=1)
+    order: Order = "diagonal"
+    asymmetric: bool = Field(True, description="make up for the error of the layers before")
+    centered: bool = Field(True, description="leave the mean error to bias correction")
+    refits: int = Field(2, ge=0, description="rounds of best scales for given codes")
+
+
+PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+
+
+def quantize(
+    graph: Graph,
+    calib: CalibSet,
+    plan: Plan,
+    options: Options,
+    *,
+    rng: torch.Generator,
+    device: torch.device,
+    progress: Progress = silent,
+    supplies: QuantizerSupplies = QuantizerSupplies(),
+) -> QuantState:
+    """Choose activation grids as `rtn` does, then round layer by layer in the order they run.
+
+    Layers for which there are no second moments (transposed convolutions; with `bn`, inputs
+    that no batch norm describes) are rounded to nearest; the info names them.
+
+    Args:
+        graph: folded graph.
+        calib: images (n, c, h, w) in normalized space; `bn` takes activation ranges alone.
+        plan: what each layer and tensor gets.
+        options: where the Hessian comes from, and how columns are rounded.
+        rng: unused, nothing here is random.
+        device: where everything is computed.
+        progress: called per batch of the ranges, then per layer.
+        supplies: `unfolded` for `bn`; `memory_bytes` bounds the images that are held;
+            after `seconds` the layers that are left are rounded to nearest.
+
+    Raises:
+        UsageError: `bn` without the unfolded graph.
+    """
+    del rng
+    start = time.monotonic()
+    deadline = None if supplies.seconds is None else start + supplies.seconds
+    graph.module.to(device)
+    acts = rtn.activation_grids(graph, calib, plan, options, device=device, progress=progress)
+    rounder = _Rounder(graph, plan, acts, options, progress)
+    if options.hessian == "bn":
+        if supplies.unfolded is None:
+            raise UsageError("gptq: hessian=bn needs the model with its batch norms, got none")
+        rounder.round_from(folded_moments(supplies.unfolded, graph), device, deadline)
+    else:
+        rounder.round_along(calib.images, device, deadline, supplies.memory_bytes or MEMORY_BYTES)
+    return rounder.state()
+
+
+@dataclass
+class _Rounder:
+    """Collects the decided layers of one run."""
+
+    graph: Graph
+    plan: Plan
+    acts: Mapping[str, QParams]
+    options: Options
+    progress: Progress
+    weights: dict[str, QTensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
+
+    def round_from(
+        self, known: Mapping[str, Moments], device: torch.device, deadline: float | None
+    ) -> None:
+        """Round every layer whose input's mean and variance are known."""
+        for layer in self._planned():
+            module = self.graph.module.get_submodule(layer.name)
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and layer.name in known:
+                input_ = known[layer.name]
+                moved = Moments(input_.mean.to(device), input_.var.to(device))
+                self._round(layer, module, derive_moments(module, moved, limit=self._limit()))
+            else:
+                self._round_nearest(layer, module)
+
+    def round_along(
+        self, images: Tensor, device: torch.device, deadline: float | None, memory: int
+    ) -> None:
+        """Round every layer on its inputs in the network quantized so far."""
+        options = self.options
+        walk = Walk(
+            self.graph, self.plan, self.acts, paired=options.asymmetric, device=device
+        )  # fmt: skip
+        used = min(len(images), options.images, self._count_fitting(walk.bytes_per_image, memory))
+        self.info["images"] = used
+        walk.run(images[:used], self._decide, batch=options.batch_size, deadline=deadline)
+
+    def state(self) -> QuantState:
+        """Return what was decided; layers that time did not suffice for are rounded to nearest."""
+        planned, biases = self._planned(), {}
+        late = [layer for layer in planned if layer.name not in self.weights]
+        for layer in late:
+            self._round_nearest(layer, self.graph.module.get_submodule(layer.name))
+        for layer in planned:
+            bias = rtn.layer_bias(self.graph.module.get_submodule(layer.name))
+            if bias is not None:
+                biases[layer.name] = bias
+        info = {
+            "quantizer": "gptq",
+            "hessian": self.options.hessian,
+            **self.info,
+            "rounded_to_nearest": self.unmeasured,
+            "shortened": bool(late),
+        }
+        weights = {layer.name: self.weights[layer.name] for layer in planned}
+        return QuantState(self.plan, weights, biases, self.acts, info)
+
+    def _decide(
+        self,
+        layer: LayerPlan,
+        module: nn.Module,
+        quantized: Sequence[Tensor],
+        floats: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Round one layer; return its weight, and a bias that keeps the mean output.
+
+        The bias is for the walk only: correcting it for good is a later stage.
+        """
+        bias = rtn.layer_bias(module)
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            self._round_nearest(layer, module)
+            return self._real(layer), bias
+        moments = measure_moments(module, quantized, floats, limit=self._limit())
+        self._round(layer, module, moments)
+        real = self._real(layer)
+        shift = _mean_error(module.weight.detach().cpu(), real, moments)
+        return real, shift if bias is None else bias + shift
+
+    def _round(
+        self, layer: LayerPlan, module: nn.Conv2d | nn.Linear, moments: SecondMoments
+    ) -> None:
+        weight = module.weight.detach()
+        grid = rtn.layer_grid(module, layer, self.acts, self.options.weights)
+        bias, least = rtn.layer_bias(module), None
+        if layer.input is not None and bias is not None:
+            least = rtn.smallest_weight_scale(bias, self.acts[layer.input].scale)
+        codes, grid = round_weight(weight.flatten(1), moments, grid, least, self.options)
+        self._keep(layer, QTensor(codes.cpu().view(weight.shape), grid.scale.cpu()))
+
+    def _round_nearest(self, layer: LayerPlan, module: nn.Module) -> None:
+        self.unmeasured.append(layer.name)
+        self._keep(layer, rtn.round_weight(module, layer, self.acts, self.options.weights))
+
+    def _keep(self, layer: LayerPlan, weight: QTensor) -> None:
+        self.weights[layer.name] = weight
+        self.progress(len(self.weights), len(self._planned()), "rounding")
+
+    def _real(self, layer: LayerPlan) -> Tensor:
+        assert layer.weight is not None
+        return affine.dequantize_weight(self.weights[layer.name], layer.weight.axis)
+
+    def _planned(self) -> list[LayerPlan]:
+        return [layer for layer in self.plan.layers.values() if layer.weight is not None]
+
+    def _limit(self) -> int:
+        return self.options.patches
+
+    def _count_fitting(self, per_image: int, memory: int) -> int:
+        """Return how many images may be held; half the memory is for the model and the runtime.
+
+        The largest layer keeps five matrices of the size of its Hessian.
+        """
+        modules = [self.graph.module.get_submodule(layer.name) for layer in self._planned()]
+        shapes = [group_shape(m) for m in modules if isinstance(m, (nn.Conv2d, nn.Linear))]
+        largest = max((groups * dim**2 for groups, dim in shapes), default=0)
+        return max(1, (memory // 2 - 5 * 8 * largest) // max(1, per_image))
+
+
+def round_weight(
+    rows: Tensor, moments: SecondMoments, grid: WeightGrid, least: Tensor | None, options: Options
+) -> tuple[Tensor, WeightGrid]:
+    """Return codes (channels, dim) int8 and their grid, channel by channel the best tried.
+
+    Tried are the nearest codes, the compensated ones, and those on refitted scales.
+
+    Args:
+        rows: (channels, dim) float weights.
+        moments: of the input.
+        grid: to round on.
+        least: smallest scale per channel.
+        options: damping, order, refits and the like.
+    """
+    if options.centered:
+        moments = moments.centered()
+    grid = dataclasses.replace(grid, scale=grid.scale.to(rows), low=grid.low.to(rows))
+    least = None if least is None else least.to(rows)
+    factor = factorize(moments.quantized, options.damping, options.order)
+    target = rows
+    if moments.cross is not None:
+        target = shift_target(rows, factor, moments.cross, moments.quantized)
+    best = affine.round_to_grid(target, grid, 0).codes
+    scale = grid.scale
+    error = output_errors(target, best, factor.hessian, grid)
+    for _ in range(options.refits + 1):
+        codes = round_factored(target, factor, grid, block=options.block_size)
+        found = output_errors(target, codes, factor.hessian, grid)
+        better = found < error
+        best = torch.where(better[:, None], codes, best)
+        scale = torch.where(better, grid.scale, scale)
+        error = torch.where(better, found, error)
+        grid = dataclasses.replace(grid, scale=scale)
+        grid = refit_scales(target, best, factor.hessian, grid, least)
+    refitted = output_errors(target, best, factor.hessian, grid)
+    chosen = torch.where((refitted < error) & (options.refits > 0), grid.scale, scale)
+    return best, dataclasses.replace(grid, scale=chosen)
+
+
+def _mean_error(weight: Tensor, rounded: Tensor, moments: SecondMoments) -> Tensor:
+    """Return what the mean output of every channel lost, (channels,) float32."""
+    mean = moments.quantized_mean.cpu()
+    wanted = mean if moments.float_mean is None else moments.float_mean.cpu()
+    parts = [
+        (matrix.double().view(len(mean), -1, mean.shape[1]) @ vector[:, :, None]).flatten()
+        for matrix, vector in ((weight, wanted), (rounded, mean))
+    ]
+    return (parts[0] - parts[1]).float()
