@@ -8,6 +8,7 @@ are in natural images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from dfqc.compiler.moments import Moments
 
 CORRELATION = 0.6  # of neighboring positions in one channel
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples fill [0, 1) evenly
 _GATHER_BYTES = 1 << 26  # patches are held this many bytes at a time
 
 
@@ -60,17 +62,18 @@ def measure_moments(
         module: the layer.
         quantized: its inputs in the quantized network, batches of (n, c, h, w) or (..., features).
         floats: its inputs in the float network on the same images; None: take no cross moments.
-        limit: patches to use at most; evenly spaced ones of all images where there are more.
+        limit: patches to use at most, but one per batch; spread over all images.
     """
     groups, dim = group_shape(module)
     device = quantized[0].device
     total = torch.zeros(groups, dim, dim, dtype=torch.float64, device=device)
     mean = torch.zeros(groups, dim, dtype=torch.float64, device=device)
     cross, float_mean = (None, None) if floats is None else (total.clone(), mean.clone())
-    every = -(-sum(count_patches(module, value) for value in quantized) // limit)
+    share = limit / sum(count_patches(module, value) for value in quantized)
     count = 0
     for index, value in enumerate(quantized):
-        for part in _pick(count_patches(module, value), every, groups * dim):
+        wanted = max(1, int(count_patches(module, value) * share))
+        for part in _pick(count_patches(module, value), wanted, groups * dim):
             patches = gather_patches(value, module, part)
             count += patches.shape[1]
             mean += patches.sum(1, dtype=torch.float64)
@@ -154,12 +157,17 @@ def _output_size(module: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
     return rows, columns
 
 
-def _pick(patches: int, every: int, width: int) -> tuple[Tensor, ...]:
-    """Return evenly spaced patch numbers, in parts that fit the memory set aside for them.
+def _pick(patches: int, wanted: int, width: int) -> tuple[Tensor, ...]:
+    """Return patch numbers spread over all of them, in parts that fit the memory set aside.
 
-    The spacing is odd where it is not 1, so that it does not walk down single columns.
+    One of every equal stretch, at places in it that do not repeat: evenly spaced ones would walk
+    down single columns of a feature map.
     """
-    index = torch.arange(0, patches, every if every == 1 else every | 1)
+    if wanted >= patches:
+        index = torch.arange(patches)
+    else:
+        steps = torch.arange(wanted, dtype=torch.float64)
+        index = ((steps + (steps * _GOLDEN) % 1) * (patches / wanted)).long()
     return index.split(max(1, _GATHER_BYTES // (4 * width)))
 
 

@@ -90,12 +90,12 @@ def flip_codes(kernels: Tensor, grid: WeightGrid) -> Tensor:
 
     Where no weight is clipped, the errors of a channel sum to at most half a step. Those of a
     kernel do so before the channel's turn, and to at most one step after it: a channel changes
-    one code per kernel. Clipped weights count in the sums, but stay where they are.
+    one code per kernel. Weights beyond the grid count in the sums, but stay where they are.
     """
     scale, low = (affine.channel_view(v, kernels.dim(), 0) for v in (grid.scale, grid.low))
     real = kernels / scale
     codes = affine.nearest_codes(kernels, scale, low, grid.levels)
-    clipped = (codes - real).abs() > 0.5
+    clipped = (real < low) | (real > low + (grid.levels - 1))
     if kernels.shape[2] > 1:
         codes = _flip(real, codes, clipped)
     error = codes - real

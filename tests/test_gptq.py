@@ -1,0 +1,222 @@
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+import quantized
+from dfqc.compiler import affine
+from dfqc.compiler.contracts import QuantizerSupplies
+from dfqc.compiler.errors import UsageError
+from dfqc.compiler.graph import copy_graph
+from dfqc.compiler.quantize import gptq, rtn
+from dfqc.compiler.quantize._hessian import measure_moments
+from dfqc.compiler.quantize._walk import Walk
+from dfqc.compiler.simulate import simulated
+
+CPU = torch.device("cpu")
+
+
+def quantize(graph, plan, count=32, supplies=None, **options):
+    return gptq.quantize(
+        graph, quantized.calib(count), plan, gptq.Options(**options),
+        rng=torch.Generator(), device=CPU, supplies=supplies or QuantizerSupplies(),
+    )  # fmt: skip
+
+
+def output_spread(net, state):
+    """SQNR of the simulated outputs, both without their mean: bias correction takes care of it."""
+    images = quantized.calib(64, seed=9).images
+    graph = quantized.folded(net)
+    with torch.inference_mode():
+        floats, found = (g.module(images) for g in (graph, simulated(graph, state)))
+    return affine.sqnr_db(floats - floats.mean(0), found - found.mean(0))
+
+
+@pytest.mark.parametrize("net", ["plain", "residual", "depthwise"])
+def test_outputs_are_nearer_than_with_nearest_codes(net):
+    graph = quantized.folded(net)
+    plan = quantized.plan(graph, "w3a8")
+    plain = output_spread(net, quantized.quantize(graph, plan))
+    assert output_spread(net, quantize(graph, plan)) > plain + 1
+
+
+@pytest.mark.parametrize("net", ["residual", "depthwise"])
+def test_batch_norms_alone_help_too(net):
+    graph = quantized.folded(net)
+    plan = quantized.plan(graph, "w3a8")
+    state = quantize(
+        graph, plan, hessian="bn", supplies=QuantizerSupplies(unfolded=quantized.traced(net))
+    )
+    plain = quantized.quantize(graph, plan)
+    assert state.info["rounded_to_nearest"] == []
+    assert state.acts == plain.acts
+    changed = [n for n in state.weights
+               if not torch.equal(state.weights[n].codes, plain.weights[n].codes)]  # fmt: skip
+    assert set(changed) >= set(plan.layers) - {"head.fc", "conv1", "stem.0"}
+
+
+def test_bn_needs_the_unfolded_graph():
+    graph = quantized.folded("residual")
+    with pytest.raises(UsageError, match="hessian=bn needs the model with its batch norms"):
+        quantize(graph, quantized.plan(graph), hessian="bn")
+
+
+def test_layers_that_no_norm_describes_are_named():
+    graph = quantized.folded("transposed")
+    plan = quantized.plan(graph, "w4a8")
+    state = quantize(graph, plan)
+    kinds = {name: layer.op for name, layer in plan.layers.items() if layer.weight}
+    transposed = [name for name, op in kinds.items() if op == "ConvTranspose2d"]
+    assert state.info["rounded_to_nearest"] == transposed
+    assert set(state.weights) == set(kinds)
+
+
+def layer_problem(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    conv = torch.nn.Conv2d(6, 8, 3, padding=1)
+    x = torch.randn(16, 6, 8, 8, generator=generator).cumsum(3).relu()
+    conv.weight.data = torch.randn(conv.weight.shape, generator=generator)
+    return conv, x
+
+
+@pytest.mark.parametrize("options", [{}, {"refits": 0}, {"centered": False}], ids=str)
+def test_every_channel_is_at_least_as_good_as_nearest(options):
+    conv, x = layer_problem()
+    moments = measure_moments(conv, [x], limit=10**6)
+    rows = conv.weight.detach().flatten(1)
+    scheme = quantized.plan(quantized.folded("plain"), "w4a8").layers["body.0"].weight
+    grid = rtn.weight_grid(rows, scheme, "mse")
+    chosen = gptq.Options(damping=0.0, **options)
+    codes, refitted = gptq.round_weight(rows, moments, grid, None, chosen)
+    nearest = affine.round_to_grid(rows, grid, 0)
+    patches = torch.nn.functional.unfold(x.double(), 3, padding=1).transpose(1, 2).flatten(0, 1)
+    if chosen.centered:
+        patches = patches - patches.mean(0)
+    found, plain = (
+        (patches @ (rows.double() - c.double() * s.double()[:, None]).T).square().mean(0)
+        for c, s in ((codes, refitted.scale), (nearest.codes, nearest.scale))
+    )
+    assert (found <= plain * (1 + 1e-6)).all()
+    assert found.sum() < 0.7 * plain.sum()
+    if chosen.refits == 0:
+        assert torch.equal(refitted.scale, grid.scale)
+
+
+def test_refits_respect_the_smallest_scale():
+    conv, x = layer_problem()
+    moments = measure_moments(conv, [x], limit=10**6)
+    rows = conv.weight.detach().flatten(1)
+    scheme = quantized.plan(quantized.folded("plain"), "w4a8").layers["body.0"].weight
+    grid = rtn.weight_grid(rows, scheme, "mse")
+    _, refitted = gptq.round_weight(rows, moments, grid, grid.scale, gptq.Options())
+    assert (refitted.scale >= grid.scale).all()
+
+
+def test_weights_on_the_grid_stay():
+    graph = copy_graph(quantized.folded("plain"))
+    plan = quantized.plan(graph, "w4a8")
+    state = quantized.quantize(graph, plan, weights="minmax")
+    for name, layer in plan.layers.items():
+        module = graph.module.get_submodule(name)
+        real = affine.dequantize_weight(state.weights[name], layer.weight.axis)
+        module.weight = torch.nn.Parameter(real, requires_grad=False)
+    again = quantize(graph, plan, weights="minmax", asymmetric=False)
+    for name, weight in again.weights.items():
+        assert torch.equal(weight.codes, state.weights[name].codes)
+
+
+def test_dead_channels_leave_room_for_their_bias():
+    graph = copy_graph(quantized.folded("no_norm"))
+    conv = graph.module.get_submodule("conv2")
+    conv.weight[:4] *= 1e-12
+    conv.bias[:4] = torch.tensor([3.0, -3.0, 1e-3, 0.0])
+    plan = quantized.plan(graph, "w4a8", ends=None)
+    state = quantize(graph, plan)
+    weight, grid = state.weights["conv2"], state.acts[plan.layers["conv2"].input]
+    codes = affine.bias_codes(conv.bias, grid.scale, weight.scale)
+    assert codes.abs().max() <= affine.BIAS_LIMIT * (1 + 1e-6)
+
+
+def test_batches_and_calls_do_not_change_the_result():
+    graph = quantized.folded("residual")
+    plan = quantized.plan(graph, "w4a4")
+    before = {k: v.clone() for k, v in graph.module.state_dict().items()}
+    first, second = quantize(graph, plan), quantize(graph, plan)
+    for name, weight in first.weights.items():
+        assert torch.equal(weight.codes, second.weights[name].codes)
+        assert torch.equal(weight.scale, second.weights[name].scale)
+    assert all(torch.equal(before[k], v) for k, v in graph.module.state_dict().items())
+    assert all(torch.equal(first.biases[n], graph.module.get_submodule(n).bias)
+               for n in first.biases)  # fmt: skip
+
+
+def test_memory_bounds_the_images():
+    graph = quantized.folded("residual")
+    plan = quantized.plan(graph, "w4a4")
+    state = quantize(graph, plan, supplies=QuantizerSupplies(memory_bytes=3 << 20))
+    assert 1 <= state.info["images"] < 32
+    assert quantize(graph, plan, images=5).info["images"] == 5
+
+
+@pytest.mark.parametrize("hessian", ["images", "bn"])
+def test_without_time_the_rest_is_rounded_to_nearest(hessian):
+    graph = quantized.folded("residual")
+    plan = quantized.plan(graph, "w4a4")
+    supplies = QuantizerSupplies(unfolded=quantized.traced("residual"), seconds=0.0)
+    state = quantize(graph, plan, supplies=supplies, hessian=hessian)
+    plain = quantized.quantize(graph, plan)
+    assert state.info["shortened"]
+    assert state.info["rounded_to_nearest"] == list(plan.layers)
+    for name, weight in state.weights.items():
+        assert torch.equal(weight.codes, plain.weights[name].codes)
+
+
+def test_progress_counts_the_layers():
+    graph = quantized.folded("residual")
+    plan = quantized.plan(graph, "w4a4")
+    seen = []
+    gptq.quantize(
+        graph, quantized.calib(8), plan, gptq.Options(), rng=torch.Generator(), device=CPU,
+        progress=lambda *report: seen.append(report),
+    )  # fmt: skip
+    count = len(plan.layers)
+    assert [s for s in seen if s[2] == "rounding"] == [
+        (i + 1, count, "rounding") for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_walk_shows_both_networks_inputs(paired):
+    graph = quantized.folded("residual")
+    plan = quantized.plan(graph, "w4a4")
+    state = quantized.quantize(graph, plan)
+    images = quantized.calib(6).images
+    shown = {}
+
+    def decide(layer, module, quantized_inputs, floats):
+        shown[layer.name] = torch.cat(quantized_inputs), floats and torch.cat(floats)
+        return module.weight.detach() * 1, module.bias
+
+    walk = Walk(graph, plan, state.acts, paired=paired, device=CPU)
+    walk.run(images, decide, batch=4, deadline=None)
+    assert list(shown) == list(plan.layers)
+    conv1 = graph.module.get_submodule("conv1")
+    with torch.inference_mode():
+        first = torch.relu(conv1(images))
+    quantized_input, float_input = shown["layer1.conv1"]
+    if paired:
+        np.testing.assert_allclose(float_input, first, atol=1e-5)
+    else:
+        assert float_input is None
+    grid = state.acts[plan.layers["layer1.conv1"].input]
+    codes = quantized_input / grid.scale
+    np.testing.assert_allclose(codes, codes.round(), atol=1e-3)
+    assert len(codes.round().unique()) <= 16
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"damping": -1}, {"images": 0}, {"order": "best"}, {"unknown": 1}], ids=str
+)
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        gptq.Options(**wrong)
