@@ -70,12 +70,6 @@ def test_moments_are_those_of_all_patches_in_float64(conv, batch):
     np.testing.assert_allclose(found.cross, wide.mT @ narrow / count, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.quantized_mean, narrow.mean(1), rtol=1e-5)
     np.testing.assert_allclose(found.float_mean, wide.mean(1), rtol=1e-5)
-    centered = found.centered()
-    for group in range(conv.groups):
-        both = np.cov(wide[group].T, narrow[group].T, bias=True)
-        dim = narrow.shape[2]
-        np.testing.assert_allclose(centered.quantized[group], both[dim:, dim:], atol=1e-5)
-        np.testing.assert_allclose(centered.cross[group], both[:dim, dim:], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5)])
@@ -149,7 +143,6 @@ def test_derived_moments_of_a_linear_layer_are_a_diagonal_and_the_mean():
     found = derive_moments(nn.Linear(2, 1), Moments(mean, var), limit=10)
     expected = [[1.5, -2.0], [-2.0, 7.0]]
     np.testing.assert_allclose(found.quantized[0], expected, rtol=1e-6)
-    np.testing.assert_allclose(found.centered().quantized[0], [[0.5, 0], [0, 3.0]], atol=1e-6)
 
 
 def test_a_layer_behind_a_folded_norm_reads_what_the_norm_read():

@@ -39,15 +39,6 @@ class SecondMoments:
     quantized_mean: Tensor
     float_mean: Tensor | None
 
-    def centered(self) -> SecondMoments:
-        """Return covariances: what is left to minimize where the bias takes up the mean."""
-        mean = self.quantized_mean
-        hessian = self.quantized - mean[:, :, None] * mean[:, None, :]
-        cross = self.cross
-        if cross is not None and self.float_mean is not None:
-            cross = cross - self.float_mean[:, :, None] * mean[:, None, :]
-        return SecondMoments(hessian, cross, mean, self.float_mean)
-
 
 def measure_moments(
     module: nn.Conv2d | nn.Linear,

@@ -64,8 +64,7 @@ class Options(rtn.Options):
     block_size: int = Field(128, ge=1)
     order: Order = "diagonal"
     asymmetric: bool = Field(True, description="make up for the error of the layers before")
-    centered: bool = Field(True, description="leave the mean error to bias correction")
-    refits: int = Field(2, ge=0, description="rounds of best scales for given codes")
+    refits: int = Field(0, ge=0, description="rounds of best scales for given codes")
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
@@ -251,8 +250,6 @@ def round_weight(
         least: smallest scale per channel.
         options: damping, order, refits and the like.
     """
-    if options.centered:
-        moments = moments.centered()
     grid = dataclasses.replace(grid, scale=grid.scale.to(rows), low=grid.low.to(rows))
     least = None if least is None else least.to(rows)
     factor = factorize(moments.quantized, options.damping, options.order)
