@@ -136,7 +136,9 @@ def test_a_factor_is_of_the_damped_hessian(order):
     factor = factorize(hessian, 0.05, order)
     for matrix, columns, upper in zip(hessian, factor.order, factor.upper, strict=True):
         damped = matrix + 0.05 * matrix.diagonal().mean() * torch.eye(len(matrix)).double()
-        np.testing.assert_allclose(upper @ upper.T, damped[columns][:, columns], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            upper @ upper.T, damped[columns][:, columns], rtol=1e-9, atol=1e-9
+        )
         assert torch.equal(upper, upper.triu())
 
 
@@ -170,9 +172,7 @@ def test_shifted_targets_are_least_squares_on_the_quantized_inputs(order):
     x = rng.standard_normal((2, 300, 7)) @ rng.standard_normal((7, 7))
     q = np.round(x * 2) / 2 + 0.1
     rows = torch.from_numpy(rng.standard_normal((4, 7)))
-    hessian, cross = (
-        torch.from_numpy(np.einsum("gni,gnj->gij", a, q) / 300) for a in (q, x)
-    )
+    hessian, cross = (torch.from_numpy(np.einsum("gni,gnj->gij", a, q) / 300) for a in (q, x))
     found = shift_target(rows, factorize(hessian, 0.0, order), cross, hessian)
     for group in range(2):
         own = rows[2 * group : 2 * group + 2].numpy()

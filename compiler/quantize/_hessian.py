@@ -78,9 +78,7 @@ def measure_moments(
     return SecondMoments(total.div_(count), cross, mean / count, float_mean)
 
 
-def derive_moments(
-    module: nn.Conv2d | nn.Linear, moments: Moments, *, limit: int
-) -> SecondMoments:
+def derive_moments(module: nn.Conv2d | nn.Linear, moments: Moments, *, limit: int) -> SecondMoments:
     """Return the second moments that mean and variance maps of the input imply.
 
     Args:
@@ -159,7 +157,8 @@ def _pick(patches: int, wanted: int, width: int) -> tuple[Tensor, ...]:
     else:
         steps = torch.arange(wanted, dtype=torch.float64)
         index = ((steps + (steps * _GOLDEN) % 1) * (patches / wanted)).long()
-    return index.split(max(1, _GATHER_BYTES // (4 * width)))
+    parts: tuple[Tensor, ...] = index.split(max(1, _GATHER_BYTES // (4 * width)))
+    return parts
 
 
 def _correlations(module: nn.Conv2d | nn.Linear) -> Tensor:

@@ -86,7 +86,8 @@ class _Walker(fx.Interpreter):
             return None
         if n.op == "placeholder":
             return next(self.args_iter)
-        count = max((len(v) for v in map(self.env.get, n.all_input_nodes) if _chunked(v)), default=0)
+        values = (self.env[source] for source in n.all_input_nodes)
+        count = max((len(value) for value in values if _chunked(value)), default=0)
         if count == 0:
             return super().run_node(n)
         if n.name in self.layers:
@@ -112,10 +113,14 @@ class _Walker(fx.Interpreter):
             return value[index] if _chunked(value) else value
 
         args = fx.node.map_arg(node.args, pick)
-        if node.op == "call_module" and index >= self.chunks:
-            if isinstance(self.fetch_attr(str(node.target)), FakeQuantize):
-                return args[0]
+        if index >= self.chunks and self._is_quantizer(node):
+            return args[0]
         return getattr(self, node.op)(node.target, args, fx.node.map_arg(node.kwargs, pick))
+
+    def _is_quantizer(self, node: fx.Node) -> bool:
+        if node.op != "call_module":
+            return False
+        return isinstance(self.fetch_attr(str(node.target)), FakeQuantize)
 
 
 def _chunked(value: Any) -> bool:

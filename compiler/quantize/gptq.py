@@ -139,7 +139,9 @@ class _Rounder:
             if isinstance(module, (nn.Conv2d, nn.Linear)) and layer.name in known:
                 input_ = known[layer.name]
                 moved = Moments(input_.mean.to(device), input_.var.to(device))
-                self._round(layer, module, derive_moments(module, moved, limit=self._limit()))
+                self._round(
+                    layer, module, derive_moments(module, moved, limit=self.options.patches)
+                )
             else:
                 self._round_nearest(layer, module)
 
@@ -148,9 +150,8 @@ class _Rounder:
     ) -> None:
         """Round every layer on its inputs in the network quantized so far."""
         options = self.options
-        walk = Walk(
-            self.graph, self.plan, self.acts, paired=options.asymmetric, device=device
-        )  # fmt: skip
+        paired = options.asymmetric
+        walk = Walk(self.graph, self.plan, self.acts, paired=paired, device=device)
         used = min(len(images), options.images, self._count_fitting(walk.bytes_per_image, memory))
         self.info["images"] = used
         walk.run(images[:used], self._decide, batch=options.batch_size, deadline=deadline)
@@ -190,7 +191,7 @@ class _Rounder:
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             self._round_nearest(layer, module)
             return self._real(layer), bias
-        moments = measure_moments(module, quantized, floats, limit=self._limit())
+        moments = measure_moments(module, quantized, floats, limit=self.options.patches)
         self._round(layer, module, moments)
         real = self._real(layer)
         shift = _mean_error(module.weight.detach().cpu(), real, moments)
@@ -221,9 +222,6 @@ class _Rounder:
 
     def _planned(self) -> list[LayerPlan]:
         return [layer for layer in self.plan.layers.values() if layer.weight is not None]
-
-    def _limit(self) -> int:
-        return self.options.patches
 
     def _count_fitting(self, per_image: int, memory: int) -> int:
         """Return how many images may be held; half the memory is for the model and the runtime.
