@@ -18,13 +18,13 @@ from torch import Tensor
 from dfqc.calib._inversion_options import InversionOptions, Settings, resolve
 from dfqc.calib._objective import TERMS, Method, Objective
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, finish, pixel_map
-from dfqc.calib._steps import MEASURED, Steps, anneal, cosine
 from dfqc.calib.noise import draw
 from dfqc.compiler.batches import balance_labels
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.mixing_zoo import count_outputs
+from dfqc.compiler.steps import MEASURED, Steps, anneal, cosine
 
 log = logging.getLogger("dfqc.inversion")
 

@@ -45,10 +45,10 @@ from dfqc.calib._generator import (
     count_weights,
 )
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, finish, pixel_map
-from dfqc.calib._steps import Losses, Steps, anneal
 from dfqc.calib._swing import swing_convolutions
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph, batch_norms, node_shapes
+from dfqc.compiler.steps import Losses, Steps, anneal
 
 NEEDS_BN = True
 NEEDS_CLASSES = False

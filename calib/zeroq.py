@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dfqc.calib import _bns
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, ImageOptions, PixelMap, finish, pixel_map
-from dfqc.calib._steps import Losses, Steps
 from dfqc.calib.noise import draw
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
 from dfqc.compiler.graph import Graph
+from dfqc.compiler.steps import Losses, Steps
 
 NEEDS_BN = True
 NEEDS_CLASSES = False

@@ -6,11 +6,11 @@ from classifiers import trained
 from dfqc.calib import genie, noise
 from dfqc.calib._generator import Generator
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
-from dfqc.calib._steps import Steps
 from dfqc.compiler.calib_quality import bn_distance
 from dfqc.compiler.contracts import CalibSet, Supplies
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph
+from dfqc.compiler.steps import Steps
 from models import IMAGE, build, trace_tiny
 
 CPU = torch.device("cpu")

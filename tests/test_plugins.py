@@ -251,8 +251,10 @@ def quantize(name, net, bits, seed=0):
     module, graph = plugins.load("quantizer", name), fold(models.trace_tiny(net))
     plan = make_plan(graph, plugins.load("target", "ort").TARGET, bits, [], ends=None)
     calib = CalibSet(models.images(8), None, "noise")
+    few = {"iterations": 3, "act_iterations": 3, "batch_size": 4}
+    options = {k: v for k, v in few.items() if k in module.Options.model_fields}
     state = module.quantize(
-        graph, calib, plan, module.Options(),
+        graph, calib, plan, module.Options(**options),
         rng=torch.Generator().manual_seed(seed), device=CPU,
     )  # fmt: skip
     return plan, state

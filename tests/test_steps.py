@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from dfqc.calib._steps import Steps, anneal, cosine
+from dfqc.compiler.steps import Steps, anneal, cosine
 
 
 class Clock:

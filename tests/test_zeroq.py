@@ -4,12 +4,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dfqc.calib import _steps, noise, zeroq
+from dfqc.calib import noise, zeroq
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
-from dfqc.calib._steps import Steps
+from dfqc.compiler import steps as _steps
 from dfqc.compiler.calib_quality import bn_distance
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph
+from dfqc.compiler.steps import Steps
 from models import IMAGE, build, trace_module, trace_tiny
 
 CPU = torch.device("cpu")

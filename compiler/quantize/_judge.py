@@ -1,0 +1,33 @@
+"""How far a quantized unit, or network, is from its float output: rows in, one number out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dfqc.compiler.quantize._stream import Rows
+
+
+def output_error(
+    function: Callable[[Tensor], Tensor],
+    inputs: Rows,
+    target: Rows,
+    *,
+    batch: int,
+    device: torch.device,
+) -> float:
+    """Return the mean over the images of |function(x) - target|^2 / |target|^2.
+
+    Every image counts alike, however large its activations are.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for start in range(0, len(inputs), batch):
+            rows = slice(start, start + batch)
+            wanted = target.read(rows, device).flatten(1)
+            found = function(inputs.read(rows, device)).flatten(1)
+            noise = (found - wanted).square().sum(1)
+            total += (noise / wanted.square().sum(1).clamp_min(1e-12)).double().sum()
+    return float(total) / max(1, len(inputs))

@@ -1,0 +1,108 @@
+"""Losses that follow a unit's output to the end of the network: float tail in, loss terms out.
+
+PD-Quant's KL between the outputs (Liu et al. 2023) and BRECQ's Fisher weighting (Li et al. 2021,
+eq. 10 with the gradient of that KL), both with the rest of the network in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from dfqc.compiler.quantize._stream import Rows
+from dfqc.compiler.quantize._train import UnitData
+from dfqc.compiler.quantize._units import Unit
+from dfqc.compiler.quantize._walker import Network
+
+if TYPE_CHECKING:
+    from dfqc.compiler.quantize._passes import Run
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a unit's loss gets from the rest of the network."""
+
+    weighting: Rows | None
+    penalty: Callable[[Tensor, Tensor], Tensor] | None
+
+
+def make_tail(
+    run: Run, unit: Unit, network: Network, region: fx.GraphModule, data: UnitData
+) -> Tail:
+    """Return the loss terms that the options ask for."""
+    options = run.options
+    result = next(n for n in run.graph.module.graph.nodes if n.op == "output").args[0]
+    assert isinstance(result, fx.Node)
+    if unit.exit == result.name or not (options.output_weight or options.weighting == "fisher"):
+        return Tail(None, None)
+    tail = network.float_region(unit.exit, result.name)
+    weighting = None
+    if options.weighting == "fisher":
+        weighting = _fisher_weights(region, tail, data, options.pass_size, run.device)
+    penalty = None
+    if options.output_weight:
+        penalty = _output_penalty(
+            tail, data.target, options.output_weight, options.output_temperature, run.device
+        )
+    return Tail(weighting, penalty)
+
+
+def _output_penalty(
+    tail: fx.GraphModule, target: Rows, weight: float, temperature: float, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return weight * KL(float output || output behind the unit), at a temperature."""
+
+    def penalty(output: Tensor, index: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = tail(target.read(index, device))
+        found = tail(output)
+        return weight * _divergence(wanted / temperature, found / temperature)
+
+    return penalty
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    return F.kl_div(
+        found.flatten(1).log_softmax(1),
+        wanted.flatten(1).log_softmax(1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+@dataclass
+class _Held:
+    """Rows that are simply held."""
+
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
+        return self.rows[index].to(device, torch.float32)
+
+    def free(self) -> None:
+        self.rows = self.rows[:0]
+
+
+def _fisher_weights(
+    region: fx.GraphModule, tail: fx.GraphModule, data: UnitData, batch: int, device: torch.device
+) -> Rows:
+    """Return |dKL/d(unit's output)| + 1 of every image, in half precision."""
+    parts = []
+    for start in range(0, len(data.quantized), batch):
+        rows = slice(start, start + batch)
+        with torch.no_grad():
+            output = region(data.quantized.read(rows, device))
+            wanted = tail(data.target.read(rows, device))
+        output = output.detach().requires_grad_()
+        loss = len(output) * _divergence(wanted, tail(output))
+        (slope,) = torch.autograd.grad(loss, output)
+        parts.append((slope.abs() + 1).to("cpu", torch.float16))
+    return _Held(torch.cat(parts))

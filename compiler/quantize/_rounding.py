@@ -1,0 +1,149 @@
+"""Weights that learn how to round: a layer and its grid in, a module with a soft weight out.
+
+Two ways. Soft rounding (Nagel et al. 2020, eq. 21-24) learns a position h(V) in [0, 1] between the
+two codes around each weight; the codes below, floor(w / s0), are frozen, so that the step s can be
+learned beside it (Genie-M, Jeon et al. 2023: joint step size and rounding). FlexRound (Lee et al.
+2023) learns by what each weight is divided before it is rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfqc.compiler import affine
+from dfqc.compiler.contracts import QTensor, WeightGrid
+
+LEAN = 0.6  # towards given codes; above 1/2, so that rounding gives them
+ZETA, GAMMA = 1.1, -0.1  # h(V) is stretched to [GAMMA, ZETA] and cut off at [0, 1]
+Layer = nn.Conv2d | nn.Linear
+
+
+class LearnedWeight(nn.Module):
+    """A convolution or linear layer whose weight is on its way to its grid.
+
+    `soft` tells whether the weight is between codes (while it is trained) or on them.
+    """
+
+    def __init__(self, layer: Layer, grid: WeightGrid, least: Tensor | None) -> None:
+        """Wrap `layer`; `least` is the smallest scale per channel that its bias allows."""
+        super().__init__()
+        self.layer = layer
+        self.soft = False
+        device = layer.weight.device
+        shape = (-1,) + (1,) * (layer.weight.dim() - 1)
+        self.levels = grid.levels
+        self.register_buffer("low", grid.low.to(device).view(shape))
+        self.register_buffer("least", (torch.zeros(1) if least is None else least).to(device))
+        self.scale = nn.Parameter(grid.scale.to(device).view(shape).clone(), requires_grad=False)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.low: Tensor
+        self.least: Tensor
+
+    def codes(self) -> Tensor:
+        """Return the weight in steps: codes once it is hard, between codes while it is soft."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for `x` with the learned weight."""
+        weight = self.codes() * self.scale
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.bias)
+        out: Tensor = self.layer._conv_forward(x, weight, self.bias)
+        return out
+
+    def hold_scale(self) -> None:
+        """Keep the scale positive and large enough for the bias, after a step of an optimizer."""
+        with torch.no_grad():
+            floor = self.least.view(-1, *self.scale.shape[1:]).clamp_min(affine.SMALLEST_SCALE)
+            self.scale.copy_(torch.maximum(self.scale.abs(), floor))
+
+    @torch.no_grad()
+    def quantized(self) -> QTensor:
+        """Return the codes and scales as they are exported."""
+        soft, self.soft = self.soft, False
+        codes = self.codes().round().to(torch.int8).cpu()
+        self.soft = soft
+        return QTensor(codes, self.scale.detach().flatten().float().cpu().clone())
+
+
+class SoftRounding(LearnedWeight):
+    """Soft rounding: weight = s * clip(floor(w / s0) + h(V), grid), hard where h(V) >= 1/2."""
+
+    def __init__(
+        self, layer: Layer, grid: WeightGrid, least: Tensor | None, start: Tensor | None = None
+    ) -> None:
+        """Begin at the float weight; with `start` (codes of a closed form) leaning to those.
+
+        The codes between which a weight chooses then are its start and the one on the other side
+        of the weight.
+        """
+        super().__init__(layer, grid, least)
+        position = layer.weight.detach() / self.scale.detach()
+        base = position.floor()
+        if start is not None:
+            codes = start.to(position)
+            base = torch.where(codes > base, codes - 1, codes)
+        share = (position - base).clamp(0, 1)
+        if start is not None:
+            share = (1 - LEAN) * share + LEAN * (codes - base)
+        self.register_buffer("base", base)
+        self.position = nn.Parameter(_inverse(share))
+        self.base: Tensor
+
+    def share(self) -> Tensor:
+        """Return h(V): how far each weight is on its way from the lower code to the upper one."""
+        return (self.position.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def codes(self) -> Tensor:
+        """Return base + h(V), or base + [h(V) >= 1/2], inside the grid."""
+        up = self.share() if self.soft else (self.position >= 0).to(self.base)
+        return affine.clamp_codes(self.base + up, self.low, self.levels)
+
+    def undecided(self, power: float) -> Tensor:
+        """Return sum(1 - |2 h(V) - 1|^power), which is 0 once every weight is on a code."""
+        return (1 - (2 * self.share() - 1).abs().pow(power)).sum()
+
+
+class FlexRounding(LearnedWeight):
+    """FlexRound: weight = s * clip(round(w / (s * S * s3)), grid), all divisors learned.
+
+    S has one factor per weight and s3 one per output and (for convolutions) per input channel, all
+    1 in the beginning; the gradient passes through the rounding as if it were not there.
+    """
+
+    def __init__(
+        self, layer: Layer, grid: WeightGrid, least: Tensor | None, start: Tensor | None = None
+    ) -> None:
+        """Begin at rounding to nearest; with `start`, divide so that those codes come out."""
+        super().__init__(layer, grid, least)
+        weight = layer.weight.detach()
+        factors = torch.zeros_like(weight)
+        if start is not None:
+            position = weight / self.scale.detach()
+            codes = start.to(weight)
+            near = torch.minimum(torch.maximum(position, codes - 0.49), codes + 0.49)
+            ratio = torch.where(near * position > 0, position / near, torch.ones_like(near))
+            factors = ratio.clamp(1e-3, 1e3).log()
+        self.register_buffer("weight", weight)
+        self.factors = nn.Parameter(factors)
+        self.rows = nn.Parameter(torch.zeros_like(self.scale))
+        inputs = [1, weight.shape[1]] + [1] * (weight.dim() - 2)
+        self.columns = nn.Parameter(torch.zeros(inputs, device=weight.device))
+        self.weight: Tensor
+
+    def codes(self) -> Tensor:
+        """Return the nearest codes of the divided weight."""
+        divided = self.weight / (self.scale * (self.factors + self.rows + self.columns).exp())
+        return affine.clamp_codes(_round_through(divided), self.low, self.levels)
+
+
+def _inverse(share: Tensor) -> Tensor:
+    """Return V with h(V) = share."""
+    return -torch.log((ZETA - GAMMA) / (share - GAMMA) - 1)
+
+
+def _round_through(value: Tensor) -> Tensor:
+    """Round; the gradient passes unchanged (straight-through estimator)."""
+    return value + (value.round() - value).detach()

@@ -1,0 +1,58 @@
+"""QDrop (Wei et al. 2022): rounding and activation steps learned together, elements dropped.
+
+Half of the elements of a unit's input, and of every activation grid in it, stay unquantized while
+it is trained. LSQ's factor on the gradient of a step is left out: Adam divides it out again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, Field
+
+from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.quantize import reconstruct
+from dfqc.compiler.spec import Plan
+
+
+class Options(reconstruct.Options):
+    """Published settings of QDrop."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: Literal["closed", "nearest"] = "nearest"
+    iterations: int = Field(20_000, ge=1, description="per block")
+    inputs: Literal["quantized", "float", "mixed"] = "mixed"
+    drop: float = Field(0.5, ge=0, lt=1)
+    round_weight: float = Field(0.01, ge=0)
+    lr_rounding: float = Field(1e-3, ge=0)
+    lr_weight_scale: float = Field(0.0, ge=0)
+    lr_act_scale: float = Field(4e-5, ge=0)
+    lr_bias: float = Field(0.0, ge=0)
+
+
+# Fewer iterations at higher rates; the schedules keep their proportions.
+PRESETS: dict[str, dict[str, object]] = {
+    "quick": {"iterations": 250, "lr_rounding": 1e-2, "lr_act_scale": 4e-4},
+    "standard": {"iterations": 1500, "lr_rounding": 3e-3, "lr_act_scale": 1.2e-4},
+    "max": {},
+}
+
+
+def quantize(
+    graph: Graph,
+    calib: CalibSet,
+    plan: Plan,
+    options: Options,
+    *,
+    rng: torch.Generator,
+    device: torch.device,
+    progress: Progress = silent,
+    supplies: QuantizerSupplies = QuantizerSupplies(),
+) -> QuantState:
+    """Run the reconstruction loop with these settings; see `reconstruct.quantize`."""
+    return reconstruct.reconstruct(
+        "qdrop", graph, calib, plan, options, rng, device, progress, supplies
+    )

@@ -1,0 +1,189 @@
+"""Block reconstruction: rounding, steps and biases learned block by block on synthetic images.
+
+In: a folded graph, calibration images and a plan. Out: a `QuantState`. `adaround`, `brecq`,
+`qdrop` and `genie-m` are settings of this loop; its own settings start from the closed form and
+need a fraction of their iterations. Per unit, rounding to nearest, the closed form and the learned
+one are compared on held-out images and the best of them is kept, and so at the end for the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
+from dfqc.compiler.errors import UsageError
+from dfqc.compiler.graph import Graph, on_device
+from dfqc.compiler.passes import bias
+from dfqc.compiler.quantize import gptq, rtn
+from dfqc.compiler.quantize._caches import Budget, Cache
+from dfqc.compiler.quantize._judge import output_error
+from dfqc.compiler.quantize._passes import Run
+from dfqc.compiler.quantize._stream import CacheKind, Recomputed
+from dfqc.compiler.quantize._train import TrainOptions
+from dfqc.compiler.quantize._units import UnitKind
+from dfqc.compiler.simulate import simulated
+from dfqc.compiler.spec import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Options(TrainOptions):
+    """Options of the reconstruction; those of one unit's training are in `TrainOptions`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: UnitKind = "block"
+    merge: int = Field(1, ge=1, description="neighboring blocks per unit (MRECG)")
+    start: Literal["closed", "nearest"] = Field("closed", description="rounding to begin with")
+    order: Literal["joint", "weights-first"] = Field(
+        "joint", description="weights-first: activation steps in a second pass (BRECQ)"
+    )
+    act_iterations: int = Field(5000, ge=1, description="of the second pass of weights-first")
+    lr_act_second: float = Field(4e-4, ge=0, description="of the second pass of weights-first")
+    weighting: Literal["none", "fisher"] = Field("none", description="of the error (BRECQ)")
+    output_weight: float = Field(0.0, ge=0, description="weight of the output's KL (PD-Quant)")
+    output_temperature: float = Field(4.0, gt=0)
+    skip_first: bool = Field(False, description="leave the first layer rounded to nearest (BRECQ)")
+    keep_best: bool = Field(True, description="per unit, what is best on held-out images")
+    cache: CacheKind = Field("float32", description="of the units' inputs and outputs")
+    weights: Literal["mse", "minmax"] = "mse"
+    acts: Literal["mse", "minmax", "percentile"] = "mse"
+    percentile: float = Field(99.99, gt=50, le=100)
+    pass_size: int = Field(64, ge=1, description="images per pass without gradients")
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    "quick": {},
+    "standard": {"iterations": 1500},
+    "max": {"iterations": 20000},
+}
+_JUDGE_SHARE = 4  # without held-out images, every fourth calibration image judges
+
+
+def quantize(
+    graph: Graph,
+    calib: CalibSet,
+    plan: Plan,
+    options: Options,
+    *,
+    rng: torch.Generator,
+    device: torch.device,
+    progress: Progress = silent,
+    supplies: QuantizerSupplies = QuantizerSupplies(),
+) -> QuantState:
+    """Learn rounding, weight steps, activation steps and biases block by block.
+
+    Args:
+        graph: folded graph.
+        calib: images (n, c, h, w) in normalized space.
+        plan: what each layer and tensor gets.
+        options: the method.
+        rng: its seed is that of every unit's own generator.
+        device: where everything runs.
+        progress: called per iteration.
+        supplies: held-out images, time, memory; finished units are kept as checkpoints.
+
+    Raises:
+        UsageError: options that exclude each other.
+    """
+    return reconstruct("reconstruct", graph, calib, plan, options, rng, device, progress, supplies)
+
+
+def reconstruct(
+    name: str,
+    graph: Graph,
+    calib: CalibSet,
+    plan: Plan,
+    options: Options,
+    rng: torch.Generator,
+    device: torch.device,
+    progress: Progress,
+    supplies: QuantizerSupplies,
+) -> QuantState:
+    """Run the loop under the name of one of its presets; see `quantize`."""
+    _check(options)
+    start = time.monotonic()
+    graph = on_device(graph, device)
+    images, judge = _split(calib.images, supplies.held_out)
+    ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
+    left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
+    run = Run(graph, plan, options, images, judge, ready, rng.initial_seed(), device)
+    state, notes = run.all_passes(progress, supplies, left)
+    info = {"quantizer": name, "start": options.start, **notes}
+    if options.keep_best:
+        state, scores = _keep_best(graph, {**ready, "reconstructed": state}, judge, device)
+        info |= {"kept": min(scores, key=lambda n: scores[n]), "heldout_error": scores}
+    return dataclasses.replace(state, info={**state.info, **info})
+
+
+def _check(options: Options) -> None:
+    if options.unit == "layer" and (options.output_weight or options.weighting != "none"):
+        raise UsageError(
+            "unit=layer: output_weight and weighting=fisher follow a unit's output to the end of "
+            "the network, which needs unit=block"
+        )
+    if options.unit == "layer" and options.merge > 1:
+        raise UsageError("merge: takes blocks together, got unit=layer; use unit=block")
+
+
+def _split(images: Tensor, held_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return images to learn from, and others to judge by."""
+    if held_out is not None:
+        return images, held_out
+    if len(images) < 2:
+        return images, images
+    judged = torch.arange(len(images)) % _JUDGE_SHARE == _JUDGE_SHARE - 1
+    judged[-1] = True
+    return images[~judged], images[judged]
+
+
+def _ready(
+    graph: Graph,
+    calib: CalibSet,
+    plan: Plan,
+    options: Options,
+    *,
+    rng: torch.Generator,
+    device: torch.device,
+    supplies: QuantizerSupplies,
+) -> dict[str, QuantState]:
+    """Return the states that need no training, biases corrected: what learning must beat."""
+    ranges = {name: getattr(options, name) for name in ("weights", "acts", "percentile")}
+    ranges["batch_size"] = options.pass_size
+    states = {}
+    for name, plugin in (("nearest", rtn), ("closed", gptq)):
+        if name == "closed" and options.start != "closed":
+            continue
+        state = plugin.quantize(
+            *(graph, calib, plan, plugin.Options.model_validate(ranges)),
+            rng=rng,
+            device=device,
+            supplies=supplies,
+        )
+        method = bias.Options.model_validate({"method": "empirical"})
+        unfolded = supplies.unfolded or graph
+        states[name] = bias.correct(graph, unfolded, state, calib, method, device=device)
+    return states
+
+
+def _keep_best(
+    graph: Graph, states: Mapping[str, QuantState], judge: Tensor, device: torch.device
+) -> tuple[QuantState, dict[str, float]]:
+    """Return the state whose network is nearest to the float one on held-out images."""
+    scores = {}
+    rows = Cache(judge, Budget(), 0, None)
+    target = Recomputed(rows, graph.module)
+    for name, state in states.items():
+        network = simulated(graph, state, integer=False).module.to(device)
+        scores[name] = output_error(network, rows, target, batch=32, device=device)
+    best = min(scores, key=lambda name: scores[name])
+    log.info("kept %s of %s", best, scores)
+    return states[best], scores

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfqc.compiler.quantize._caches import Budget, Cache, fill
+
+CPU = torch.device("cpu")
+
+
+def source(rows=10):
+    return Cache(torch.arange(rows * 6, dtype=torch.float32).view(rows, 6), Budget(), 0, None)
+
+
+def double(x):
+    return 2 * x
+
+
+def make(budget, dtype=torch.float32):
+    return fill(budget, double, source(), batch=4, device=CPU, dtype=dtype)
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1 << 20])
+def test_rows_come_back_from_memory_and_from_disk(limit):
+    budget = Budget(limit)
+    made = make(budget)
+    index = torch.tensor([9, 0, 3])
+    assert torch.equal(made.read(index, CPU), 2 * source().rows[index])
+    assert torch.equal(made.read(slice(2, 5), CPU), 2 * source().rows[2:5])
+    assert (made.path is not None) == (limit == 0)
+    assert budget.spilled == (240 if limit == 0 else 0)
+    budget.close()
+
+
+def test_memory_is_counted_and_given_back():
+    budget = Budget(500)
+    first, second = make(budget), make(budget)
+    assert budget.used == 480
+    third = make(budget)
+    assert third.path is not None
+    assert Path(third.path).exists()
+    first.free()
+    assert budget.used == 240
+    assert make(budget).path is None
+    third.free()
+    assert not Path(third.path).exists()
+    second.free()
+    budget.close()
+
+
+def test_half_precision_takes_half():
+    budget = Budget()
+    made = make(budget, torch.float16)
+    assert budget.used == 120
+    assert made.read(slice(0, 2), CPU).dtype == torch.float32
+
+
+def test_files_go_with_the_budget():
+    budget = Budget(0)
+    folder = make(budget).path.parent
+    assert folder.exists()
+    budget.close()
+    assert not folder.exists()

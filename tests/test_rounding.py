@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dfqc.compiler.contracts import WeightGrid
+from dfqc.compiler.quantize._ranges import weight_grid
+from dfqc.compiler.quantize._rounding import FlexRounding, SoftRounding
+from dfqc.compiler.spec import QScheme
+
+KINDS = [SoftRounding, FlexRounding]
+SCHEMES = [QScheme(4, True, True, 0), QScheme(2, True, False, 0)]
+
+
+def make(kind, scheme, *, start=None, seed=0, layer=None, least=None):
+    torch.manual_seed(seed)
+    layer = layer or nn.Conv2d(4, 6, 3, padding=1)
+    grid = weight_grid(layer.weight, scheme, "mse")
+    return kind(layer, grid, least, start), grid
+
+
+def nearest(weight, grid):
+    view = (-1,) + (1,) * (weight.dim() - 1)
+    scale, low = grid.scale.view(view).double().numpy(), grid.low.view(view).numpy()
+    codes = np.rint(weight.detach().double().numpy() / scale)
+    return np.clip(codes, low, low + grid.levels - 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_untrained_it_rounds_to_nearest(kind, scheme):
+    learned, grid = make(kind, scheme)
+    found = learned.quantized()
+    np.testing.assert_array_equal(found.codes.numpy(), nearest(learned.layer.weight, grid))
+    torch.testing.assert_close(found.scale, grid.scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_soft_it_is_the_float_weight_where_that_is_not_clipped(scheme):
+    learned, grid = make(SoftRounding, scheme)
+    learned.soft = True
+    scale, low = grid.scale.view(-1, 1, 1, 1), grid.low.view(-1, 1, 1, 1)
+    steps = learned.layer.weight / scale
+    inside = (steps >= low) & (steps <= low + grid.levels - 1)
+    assert inside.any()
+    torch.testing.assert_close(learned.codes()[inside], steps[inside], atol=2e-6, rtol=1e-5)
+    assert torch.equal(learned.codes().clamp(low, low + grid.levels - 1), learned.codes())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_it_begins_at_the_given_codes(kind, scheme):
+    plain, grid = make(kind, scheme)
+    rng = np.random.default_rng(0)
+    low = grid.low.view(-1, 1, 1, 1).numpy()
+    codes = nearest(plain.layer.weight, grid) + rng.integers(-1, 2, plain.layer.weight.shape)
+    codes = torch.from_numpy(np.clip(codes, low, low + grid.levels - 1)).to(torch.int8)
+    learned, _ = make(kind, scheme, start=codes)
+    same = (learned.quantized().codes == codes).double().mean()
+    # A divisor cannot turn a weight's sign: FlexRound rounds such weights to zero or stays.
+    assert same == 1.0 if kind is SoftRounding else same > 0.8
+
+
+def test_the_rounding_loss_is_zero_on_codes_and_one_between():
+    learned, _ = make(SoftRounding, SCHEMES[0])
+    with torch.no_grad():
+        learned.position.fill_(0.0)
+    assert float(learned.undecided(2.0)) == pytest.approx(learned.position.numel())
+    with torch.no_grad():
+        learned.position.fill_(10.0)
+    assert float(learned.undecided(2.0)) == 0.0
+
+
+def test_gradients_are_those_of_the_formula():
+    learned, grid = make(SoftRounding, SCHEMES[0])
+    learned.soft = True
+    learned.scale.requires_grad_(True)
+    x = torch.randn(2, 4, 5, 5)
+    learned(x).square().sum().backward()
+
+    def loss(position, scale):
+        share = (torch.sigmoid(position) * 1.2 - 0.1).clamp(0, 1)
+        codes = (learned.base.double() + share).clamp(-8, 7)
+        weight = scale.view(-1, 1, 1, 1) * codes
+        return F.conv2d(x.double(), weight, learned.bias.double(), padding=1).square().sum()
+
+    position = learned.position.detach().double().requires_grad_()
+    scale = grid.scale.double().requires_grad_()
+    loss(position, scale).backward()
+    torch.testing.assert_close(learned.position.grad.double(), position.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        learned.scale.grad.flatten().double(), scale.grad, rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_stay_above_what_the_bias_needs(kind):
+    least = torch.tensor([0.5, 0, 0, 0, 0, 0])
+    learned, _ = make(kind, SCHEMES[0], least=least)
+    with torch.no_grad():
+        learned.scale.mul_(-1.0)
+    learned.hold_scale()
+    assert (learned.scale > 0).all()
+    assert float(learned.scale[0]) == 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(5, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 1, bias=False)]
+)
+def test_every_layer_computes_with_its_learned_weight(kind, layer):
+    learned, _ = make(kind, SCHEMES[0], layer=layer)
+    x = torch.randn(2, 5) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 6, 6)
+    weight = learned.codes() * learned.scale
+    wanted = torch.func.functional_call(layer, {"weight": weight}, (x,))
+    torch.testing.assert_close(learned(x), wanted)
+    learned.soft = True
+    learned(x).sum().backward()
+    trained = learned.position if kind is SoftRounding else learned.factors
+    assert trained.grad.abs().sum() > 0
+
+
+def test_a_dead_channel_stays_finite():
+    layer = nn.Conv2d(4, 6, 3)
+    with torch.no_grad():
+        layer.weight[0] = 0
+    for kind in KINDS:
+        learned, _ = make(kind, SCHEMES[0], layer=layer)
+        learned.soft = True
+        out = learned(torch.randn(2, 4, 5, 5)).sum()
+        out.backward()
+        parameters = [p for p in learned.parameters() if p.grad is not None]
+        assert parameters
+        assert all(torch.isfinite(p.grad).all() for p in parameters)
+
+
+def test_a_grid_of_one_level_more_is_used_to_its_end():
+    layer = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.2, -0.9, 1.4]]))
+    grid = WeightGrid(torch.tensor([1.0]), torch.tensor([-1.0]), 4)
+    assert SoftRounding(layer, grid, None).quantized().codes.tolist() == [[2, -1, 1]]
