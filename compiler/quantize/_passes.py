@@ -161,9 +161,10 @@ class _Trainer:
     ) -> tuple[UnitState, Mapping[str, Any]]:
         """Return what was learned, and notes on how."""
         run, one = self.run, self.one
-        if run.options.skip_first and number == 0 and one.weights:
+        if reason := self._reason_to_skip(unit, network, acts, number):
             self.clock.skip(unit)
-            return UnitState.of(network.state, unit.layers, acts), {"skipped": True}
+            self.report.finish(one.train.iterations)
+            return UnitState.of(network.state, unit.layers, acts), {"skipped": reason}
         rng = torch.Generator(run.device).manual_seed(self.seed + number)
         layers = [self._learned(name, network) for name in unit.layers] if one.weights else []
         region = network.region(unit.entry, unit.exit)
@@ -196,6 +197,19 @@ class _Trainer:
             )
         learned = {name: network.grids[name].qparams() for name in acts}
         return dataclasses.replace(state, acts=learned), dataclasses.asdict(trained)
+
+    def _reason_to_skip(
+        self, unit: Unit, network: Network, acts: Sequence[str], number: int
+    ) -> str:
+        """Say why a unit is left as it is; empty if it is not."""
+        options, plan = self.run.options, network.plan
+        if options.skip_first and number == 0 and self.one.weights:
+            return "first unit"
+        schemes = [plan.layers[name].weight for name in unit.layers]
+        schemes += [plan.quantizers[name].scheme for name in acts]
+        if options.skip_wide and all(s is None or s.bits >= MAX_BITS for s in schemes):
+            return "8 bits everywhere"
+        return ""
 
     def _learned(self, name: str, network: Network) -> LearnedWeight:
         """Put a layer whose weight is learned into the network."""

@@ -93,6 +93,8 @@ def train_unit(
     """
     before = [layer.quantized().codes for layer in layers]
     optimizers = _optimizers(layers, grids, options)
+    if not optimizers:  # nothing that may change: neither weights nor steps
+        return Trained(0, False, 0.0, 0.0, 0.0)
     rates = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
     masks = DropMasks(options.drop, rng) if options.drop else None
     for layer in layers:

@@ -23,6 +23,7 @@ class Options(reconstruct.Options):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: Literal["block", "layer"] = "layer"
+    skip_wide: bool = False
     start: Literal["closed", "nearest"] = "nearest"
     iterations: int = Field(10_000, ge=1, description="per layer")
     inputs: Literal["quantized", "float", "mixed"] = "quantized"

@@ -51,6 +51,7 @@ class Options(TrainOptions):
     weighting: Literal["none", "fisher"] = Field("none", description="of the error (BRECQ)")
     output_weight: float = Field(0.0, ge=0, description="weight of the output's KL (PD-Quant)")
     output_temperature: float = Field(4.0, gt=0)
+    skip_wide: bool = Field(True, description="leave units alone that have 8 bits everywhere")
     skip_first: bool = Field(False, description="leave the first layer rounded to nearest (BRECQ)")
     keep_best: bool = Field(True, description="per unit, what is best on held-out images")
     cache: CacheKind = Field("float32", description="of the units' inputs and outputs")

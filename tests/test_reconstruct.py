@@ -1,0 +1,214 @@
+import pytest
+import torch
+
+import models
+import quantized
+from dfqc.compiler import plugins
+from dfqc.compiler.contracts import QuantizerSupplies
+from dfqc.compiler.errors import UsageError
+from dfqc.compiler.options import plugin_options
+from dfqc.compiler.quantize import reconstruct
+from dfqc.compiler.quantize.reconstruct import Options
+from dfqc.compiler.simulate import simulated
+
+CPU = torch.device("cpu")
+FEW = {"iterations": 6, "batch_size": 8}
+HELD_OUT = models.images(16, seed=9)
+
+
+def run(net="residual", bits="w3a3", *, supplies=None, seed=0, **options):
+    graph = quantized.folded(net)
+    plan = quantized.plan(graph, bits)
+    supplies = supplies or QuantizerSupplies(unfolded=quantized.traced(net), held_out=HELD_OUT)
+    chosen = Options(**{**FEW, **options})
+    rng = torch.Generator().manual_seed(seed)
+    return reconstruct.quantize(
+        graph, quantized.calib(), plan, chosen, rng=rng, device=CPU, supplies=supplies
+    )
+
+
+def error(net, state):
+    graph = quantized.folded(net)
+    with torch.no_grad():
+        wanted = graph.module(HELD_OUT)
+        found = simulated(graph, state, integer=False).module(HELD_OUT)
+    return float((((found - wanted) ** 2).sum(1) / (wanted**2).sum(1)).mean())
+
+
+def same(first, second):
+    return (
+        first.acts == second.acts
+        and all(torch.equal(w.codes, second.weights[n].codes) for n, w in first.weights.items())
+        and all(torch.equal(w.scale, second.weights[n].scale) for n, w in first.weights.items())
+        and all(torch.equal(b, second.biases[n]) for n, b in first.biases.items())
+    )
+
+
+@pytest.mark.parametrize("rounding", ["soft", "flex"])
+@pytest.mark.parametrize("start", ["nearest", "closed"])
+def test_learning_beats_rounding_to_nearest(rounding, start):
+    state = run(rounding=rounding, start=start, iterations=150, keep_best=False)
+    nearest = quantized.quantize(quantized.folded("residual"), state.plan)
+    assert error("residual", state) < 0.7 * error("residual", nearest)
+    assert all(row["notes"]["loss"] < row["notes"]["first_loss"] or row["notes"]["iterations"] == 0
+               for row in state.info["units"] if "skipped" not in row["notes"])  # fmt: skip
+
+
+@pytest.mark.parametrize("net", ["plain", "residual", "depthwise", "concat", "squeeze_excite"])
+def test_what_is_kept_is_the_best_per_unit_and_in_the_end(net):
+    state = run(net)
+    for row in state.info["units"]:
+        assert row["errors"][row["winner"]] == min(row["errors"].values())
+        assert set(row["errors"]) == {"nearest", "closed", "learned"}
+    scores = state.info["heldout_error"]
+    assert state.info["kept"] == min(scores, key=scores.get)
+    assert error(net, state) == pytest.approx(min(scores.values()), rel=1e-4)
+
+
+def test_a_bad_method_never_ships_a_worse_model():
+    state = run(lr_rounding=5.0, lr_act_scale=1.0, lr_bias=1.0, iterations=4)
+    assert all(row["winner"] != "learned" for row in state.info["units"])
+    scores = state.info["heldout_error"]
+    assert error("residual", state) == pytest.approx(min(scores.values()), rel=1e-4)
+
+
+def test_equal_seeds_give_equal_results_and_others_do_not():
+    options = {"keep_best": False, "iterations": 20}
+    assert same(run(**options), run(**options))
+    assert not same(run(**options), run(seed=1, **options))
+
+
+class Store:
+    """Checkpoints in memory, and a fault after some of them."""
+
+    def __init__(self, folder, fail_after=None):
+        self.folder, self.fail_after, self.made, self.parts = folder, fail_after, 0, {}
+
+    def __call__(self, part, make, save, load):
+        key = repr(sorted(part.items()))
+        if key not in self.parts:
+            if self.made == self.fail_after:
+                raise KeyboardInterrupt
+            self.parts[key] = self.folder / str(len(self.parts))
+            self.parts[key].mkdir()
+            save(make(), self.parts[key])
+            self.made += 1
+        return load(self.parts[key])
+
+
+@pytest.mark.parametrize("order", ["joint", "weights-first"])
+def test_a_killed_run_goes_on_behind_its_last_unit(tmp_path, order):
+    options = {"order": order, "act_iterations": 3}
+    whole = run(**options)
+    store = Store(tmp_path, fail_after=2)
+    supplies = QuantizerSupplies(
+        unfolded=quantized.traced("residual"), held_out=HELD_OUT, checkpoint=store
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(supplies=supplies, **options)
+    store.fail_after = None
+    resumed = run(supplies=supplies, **options)
+    assert store.made == len(whole.info["units"])
+    assert same(whole, resumed)
+    assert whole.info["units"] == resumed.info["units"]
+
+
+def test_caches_on_disk_and_recomputed_give_the_same():
+    plain = run()
+    assert plain.info["spilled_bytes"] == 0
+    tight = QuantizerSupplies(
+        unfolded=quantized.traced("residual"), held_out=HELD_OUT, memory_bytes=1
+    )
+    spilled = run(supplies=tight)
+    assert spilled.info["spilled_bytes"] > 0
+    assert same(plain, spilled)
+    assert same(plain, run(cache="recompute"))
+    assert error("residual", run(cache="float16")) < 1.5 * error("residual", plain) + 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unit": "layer"},
+        {"merge": 2},
+        {"order": "weights-first", "act_iterations": 4},
+        {"weighting": "fisher"},
+        {"output_weight": 10.0},
+        {"skip_first": True},
+        {"inputs": "float"},
+        {"inputs": "quantized", "drop": 0.0},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+@pytest.mark.parametrize("net", ["residual", "depthwise"])
+def test_every_variant_learns(net, options):
+    state = run(net, iterations=60, keep_best=False, skip_wide=False, **options)
+    nearest = quantized.quantize(quantized.folded(net), state.plan)
+    assert error(net, state) < error(net, nearest)
+    names = [name for row in state.info["units"] for name in row["layers"]]
+    planned = [n for n, layer in state.plan.layers.items() if layer.weight is not None]
+    passes = 2 if options.get("order") else 1
+    assert sorted(names) == sorted(planned * passes)
+
+
+def test_units_of_eight_bits_are_left_alone():
+    state = run(bits="w4a4")
+    notes = {row["unit"]: row["notes"] for row in state.info["units"]}
+    assert [n for n, note in notes.items() if "skipped" in note] == ["conv1", "head.fc"]
+    everything = run(bits="w8a8")
+    assert all("skipped" in row["notes"] for row in everything.info["units"])
+
+
+@pytest.mark.parametrize("net", sorted(models.TINY))
+@pytest.mark.parametrize("bits", ["w4a4", "w2a32"])
+def test_every_structure_can_be_reconstructed(net, bits):
+    state = run(net, bits, iterations=2)
+    assert set(state.weights) == {n for n, p in state.plan.layers.items() if p.weight is not None}
+    assert error(net, state) < float("inf")
+
+
+def test_little_time_shortens_the_work_and_says_so():
+    supplies = QuantizerSupplies(
+        unfolded=quantized.traced("residual"), held_out=HELD_OUT, seconds=0.5
+    )
+    state = run(supplies=supplies, iterations=100_000)
+    assert state.info["shortened"]
+    assert all(row["notes"].get("iterations", 0) < 100_000 for row in state.info["units"])
+
+
+def test_without_held_out_images_a_part_of_the_set_judges():
+    supplies = QuantizerSupplies(unfolded=quantized.traced("residual"))
+    assert "heldout_error" in run(supplies=supplies).info
+
+
+@pytest.mark.parametrize(
+    "options", [{"unit": "layer", "merge": 2}, {"unit": "layer", "weighting": "fisher"}]
+)
+def test_options_that_exclude_each_other(options):
+    with pytest.raises(UsageError, match="unit=block"):
+        run(**options)
+
+
+PUBLISHED = {
+    "adaround": {"iterations": 10_000, "unit": "layer", "drop": 0.0, "lr_act_scale": 0.0},
+    "brecq": {"iterations": 20_000, "act_iterations": 5000, "order": "weights-first", "drop": 0.0},
+    "qdrop": {"iterations": 20_000, "drop": 0.5, "lr_act_scale": 4e-5, "round_weight": 0.01},
+    "genie-m": {
+        "iterations": 20_000,
+        "round_weight": 1.0,
+        "lr_rounding": 1e-3,
+        "lr_weight_scale": 1e-4,
+        "lr_act_scale": 4e-5,
+        "warm_up": 0.2,
+        "power_start": 20.0,
+        "power_end": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_max_is_as_published(name):
+    options = plugin_options(plugins.load("quantizer", name), name, "max", {})
+    for field, value in PUBLISHED[name].items():
+        assert getattr(options, field) == value
+    assert (options.start, options.batch_size, options.lr_bias) == ("nearest", 32, 0.0)
