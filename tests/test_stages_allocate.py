@@ -104,9 +104,10 @@ def test_plan_says_that_bits_are_chosen_later(shared, capsys):
     reasons = {row["name"]: row["reason"] for row in plan["layers"]}
     assert reasons["layer1.conv1"].startswith("weight bits chosen later under --avg-bits 4")
     assert "later" not in reasons["conv1"]
-    assert "the weight bits of 5 layers will be chosen under --avg-bits 4" in run(
-        capsys, shared, *given
-    ).out
+    assert (
+        "the weight bits of 5 layers will be chosen under --avg-bits 4"
+        in run(capsys, shared, *given).out
+    )
     without = run(capsys, shared, *given[:-2], "--json").json
     assert (without["weight_limit"], without["chosen_later"]) == (None, [])
     assert "allocate" not in {row["stage"] for row in without["estimate"]}
