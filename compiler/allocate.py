@@ -41,7 +41,7 @@ class Effect:
 
 
 IMAGES, FEWEST = 64, 8  # calibration images that layers are measured on
-CHUNK_IMAGES = 32
+CHUNK_BYTES = 256 << 20  # float activations of the images measured at a time, all of them kept
 _MAX_MACS = 4e12  # minutes of one core; larger networks are measured on fewer images
 
 Table = Mapping[str, Mapping[int, Effect]]  # layer -> weight bits -> effect
@@ -101,9 +101,11 @@ def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, in
     most = sum(ladder[-1].cost for ladder in ladders)
     if budget < least:
         raise UsageError(f"budget {budget} is below the smallest reachable sum of costs, {least}")
+    if budget >= most:
+        return {name: ladder[-1].bits for name, ladder in zip(options, ladders, strict=True)}
     # The unit must not depend on the budget: rounding that changes with it is not monotone.
     unit = _unit(ladders, most - least)
-    room = (min(budget, most) - least) // unit
+    room = (budget - least) // unit
     weights = [[-(-(o.cost - ladder[0].cost) // unit) for o in ladder] for ladder in ladders]
     room = min(room, sum(row[-1] for row in weights))
     picks = _solve(weights, [[o.error for o in ladder] for ladder in ladders], room)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
-from dfqc.compiler.allocate import CHUNK_IMAGES, WIDTHS, images_for
+from dfqc.compiler.allocate import CHUNK_BYTES, WIDTHS, images_for
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.stages_calib import HELD_OUT, MATCHED
@@ -90,7 +90,7 @@ def _allocation(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[
     count = min(recipe.samples, images_for(facts["macs"], facts["layers"], widths))
     passes = count * facts["layers"] * widths / 2
     lowering = 3 * (2.0 + facts["params"] / 12e6) if recipe.size else 0.0
-    kept = 2 * min(count, CHUNK_IMAGES) * 4 * facts["activations"]
+    kept = 2 * min(CHUNK_BYTES, count * 4 * facts["activations"])
     return [Estimate("allocate", passes * image + lowering, kept + 5 * facts["params"])]
 
 

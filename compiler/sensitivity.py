@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from dfqc.compiler import affine
-from dfqc.compiler.allocate import CHUNK_IMAGES, Effect, images_for
+from dfqc.compiler.allocate import CHUNK_BYTES, Effect, images_for
 from dfqc.compiler.contracts import Progress, QTensor, silent
 from dfqc.compiler.graph import Graph, count_macs, node_shapes
 from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.spec import OFFSET_BITS, Plan, QScheme
 
-_CHUNK_BYTES = 256 << 20  # float activations of one chunk, all of them kept
+_CHUNK_IMAGES = 32  # more at a time are no faster
 
 Sums = dict[str, dict[str, list[float]]]  # layer -> bits -> noise, KL, agreeing images
 
@@ -52,7 +52,7 @@ def choose_chunks(graph: Graph, plan: Plan, images: Tensor, widths: Sequence[int
     layers = sum(layer.weight is not None for layer in plan.layers.values())
     count = min(len(images), images_for(count_macs(graph), layers, len(widths)))
     floats = sum(torch.Size(shape).numel() for shape in node_shapes(graph).values())
-    most = max(1, min(CHUNK_IMAGES, _CHUNK_BYTES // (4 * floats)))
+    most = max(1, min(_CHUNK_IMAGES, CHUNK_BYTES // (4 * floats)))
     return list(images[:count].tensor_split(-(-count // most)))
 
 

@@ -63,7 +63,10 @@ def allocate(context: Context) -> tuple[Plan, dict[str, Any]]:
         chosen, figures = _fit_file(context, graph, base, table)
     about = _describe(job, table, chosen) | figures | {"images": images}
     if about["all_widest"]:
-        log.warning("%s: more than all layers need at their widest", job.recipe.weight_limit)
+        log.warning(
+            "%s is no limit here: every layer that it may narrow keeps its widest weights",
+            job.recipe.weight_limit,
+        )
     plan = _plan(job, graph, chosen, table)
     return plan, about | {"table": solver.table_to_json(table)}
 

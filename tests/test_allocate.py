@@ -77,6 +77,7 @@ def test_more_budget_is_never_worse_also_where_costs_are_rounded():
         if budget - loss >= least:
             assert error <= brute_force(options, budget - loss) + 1e-15
     assert errors == sorted(errors, reverse=True)
+    assert set(choose(options, most).values()) == {8}
 
 
 def test_more_bits_that_seem_worse_are_no_trap():

@@ -111,7 +111,7 @@ def test_images_come_in_chunks_that_fit(monkeypatch):
     images = models.images(100)
     assert [len(c) for c in sensitivity.choose_chunks(graph, plan, images, WIDTHS)] == [32, 32]
     assert sum(map(len, sensitivity.choose_chunks(graph, plan, images[:5], WIDTHS))) == 5
-    monkeypatch.setattr(sensitivity, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(sensitivity, "CHUNK_BYTES", 1 << 20)
     chunks = sensitivity.choose_chunks(graph, plan, images, WIDTHS)
     assert len(chunks) > 2
     assert sum(map(len, chunks)) == 64

@@ -116,11 +116,7 @@ def test_plan_says_that_bits_are_chosen_later(shared, capsys):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (("--avg-bits", "1.5"), "expected 2 to 8"),
-        (("--avg-bits", "4", "--size", "1m"), "use one of them"),
-        (("--avg-bits", "4", "--bits", "w32a32", "--ends", "w32a32"), "leaves them in float"),
         (("--size", "1k"), r"smallest file that can be reached, [\d,]+ .*the largest is [\d,]+"),
-        (("--size", "tiny"), "--size: got 'tiny'"),
         (("--avg-bits", "4", "--layer", "*=w4a4"), "no layer is left to choose bits for"),
     ],
 )
