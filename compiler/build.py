@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqc.compiler._calibfile import write_calib_file
+from dfqc.compiler.allocate import free_layers
 from dfqc.compiler.artifact import Store
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, StageRecord
@@ -17,6 +18,7 @@ from dfqc.compiler.errors import EnvironmentFault, UsageError
 from dfqc.compiler.job import Job, check_output, make_job, model_name
 from dfqc.compiler.pipeline import Build, make_driver, open_store
 from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.spec import plan_from_json
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.storage import INFO, PLAN, load_json
 
@@ -59,17 +61,24 @@ def run_plan(
         data = load_json(driver.artifact("data").file(DATA))
         plan = load_json(driver.artifact("plan").file(PLAN))
         graph = driver.value("trace")
+        free = _free(job, plan)
         stages = [dataclasses.asdict(e) for e in make_driver(job, store).explain()]
         stored = {row["name"] for row in stages if row["status"] == "hit"}
         costs = [
             dataclasses.asdict(row) | {"stored": row.stage in stored}
             for row in estimate(job, graph, facts, data)
         ]
+    for layer in plan["layers"]:
+        if layer["name"] in free:
+            parts = (f"weight bits chosen later under {recipe.weight_limit}", layer["reason"])
+            layer["reason"] = "; ".join(part for part in parts if part)
     return {
         "model": {"source": recipe.model, **facts},
         "target": recipe.target,
         "runtime": job.runtime,
         "bits": recipe.bits,
+        "weight_limit": recipe.weight_limit,
+        "chosen_later": list(free),
         "layers": plan["layers"],
         "quantizers": plan["quantizers"],
         "estimate": costs,
@@ -120,6 +129,14 @@ def run_synth(
         "compare": compared,
         "stages": [dataclasses.asdict(record) for record in driver.records],
     }
+
+
+def _free(job: Job, plan: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the layers whose weight bits the build will choose."""
+    recipe = job.recipe
+    if recipe.weight_limit is None:
+        return ()
+    return free_layers(plan_from_json(plan), recipe.rules, ends=recipe.ends_bits)
 
 
 def _drive(job: Job, store: Store, listener: Listener, *, last: str | None = None) -> Driver:

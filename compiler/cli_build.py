@@ -109,6 +109,8 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
     ratio = size["float_bytes"] / size["model_bytes"]
     sizes = f"{format_size(size['model_bytes'])}, float {format_size(size['float_bytes'])}"
     lines = [f"size       {sizes} ({ratio:.1f} x smaller)"]
+    if chosen := manifest["allocation"]:
+        lines.append(f"bits       {chosen['avg_bits']:.2f} on average under {chosen['limit']}")
     if top1["images"]:
         built = top1["simulated"] if top1["engine"] is None else top1["engine"]
         lines.append(
@@ -149,6 +151,12 @@ def _describe_plan(result: Mapping[str, Any]) -> list[str]:
         for row in result["layers"]
     ]
     lines = table(("layer", "op", "asked", "exported", "input grid", "why"), rows)
+    if result["chosen_later"]:
+        count = len(result["chosen_later"])
+        lines.append(
+            f"the weight bits of {count} layers will be chosen under {result['weight_limit']}, "
+            "once there are images to measure on: until then the table shows those of --bits"
+        )
     quantizers = [
         (q["name"], f"{'s' if q['scheme']['signed'] else 'u'}{q['scheme']['bits']}", _feeds(q))
         for q in result["quantizers"]

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
+from dfqc.compiler.allocate import CHUNK_BYTES, WIDTHS, images_for
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.stages_calib import HELD_OUT, MATCHED
 
 if TYPE_CHECKING:
     from dfqc.compiler.graph import Graph
+    from dfqc.compiler.recipe import Recipe
 
 _BASE_BYTES = 450 << 20  # the interpreter with torch, ONNX and a runtime loaded
 _BACKWARD = 3.0  # forward and backward pass, in forward passes
@@ -68,6 +70,7 @@ def estimate(
     rows = [
         Estimate("synthesize", recipe.samples * passes * image, kept * size + own + 2 * pixels),
         Estimate("holdout", half * matched * image, kept * half),
+        *_allocation(recipe, facts, image),
         Estimate("quantize", 3 * recipe.samples * image, size * activations + pixels),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
@@ -77,6 +80,18 @@ def estimate(
         Estimate("bench", 2.0 + 220 * recipe.batch * image, recipe.batch * activations),
     ]
     return [Estimate(r.stage, r.seconds, _BASE_BYTES + 2 * weights + r.peak_bytes) for r in rows]
+
+
+def _allocation(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[Estimate]:
+    """Every layer's tail, half the network on average, once per candidate width."""
+    if recipe.weight_limit is None:
+        return []
+    widths = len(WIDTHS)
+    count = min(recipe.samples, images_for(facts["macs"], facts["layers"], widths))
+    passes = count * facts["layers"] * widths / 2
+    lowering = 3 * (2.0 + facts["params"] / 12e6) if recipe.size else 0.0
+    kept = 2 * min(CHUNK_BYTES, count * 4 * facts["activations"])
+    return [Estimate("allocate", passes * image + lowering, kept + 5 * facts["params"])]
 
 
 def _options(job: Job) -> Any:

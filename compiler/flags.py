@@ -45,6 +45,8 @@ FLAGS = (
     Flag("bits", str, "w2..w8 and a2..a8, or a16/a32 for weight-only", "wNaM", _PLAN),
     Flag("ends", str, "bits of the first and last layer; `same`: those of the rest", "wNaM", _PLAN),
     Flag("layer", list[str], "bits of some layers (repeatable)", "GLOB=wNaM", _PLAN),
+    Flag("avg_bits", float, "choose weight bits per layer: their average", "BITS", _PLAN),
+    Flag("size", str, "choose weight bits per layer: size of model.onnx", "200k", _PLAN),
     Flag("effort", str, "quick, standard or max: how long synthesis may take", "NAME", _CALIB),
     Flag("synth", str, "synthesizer of the images (dfqc list)", "NAME", _CALIB, ("--method",)),
     Flag("synth_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _CALIB),

@@ -73,10 +73,11 @@ def make_job(recipe: Recipe) -> Job:
 
 
 def output_folder(recipe: Recipe) -> Path:
-    """Return -o, or `out/<model>-<bits>-<target>`."""
+    """Return -o, or `out/<model>-<bits>-<target>`; a limit on the weights follows the bits."""
     if recipe.output:
         return Path(recipe.output)
-    return Path("out") / f"{model_name(recipe)}-{recipe.bits}-{recipe.target}"
+    limit = (recipe.weight_limit or "").replace("--", "-").replace(" ", "")
+    return Path("out") / f"{model_name(recipe)}-{recipe.bits}{limit}-{recipe.target}"
 
 
 def model_name(recipe: Recipe) -> str:

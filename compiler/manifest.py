@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfqc.compiler import machine
+from dfqc.compiler.allocate import Effect, table_from_json
 from dfqc.compiler.errors import (
     AccuracyGateError,
     EnvironmentFault,
@@ -23,6 +24,7 @@ from dfqc.compiler.job import Job
 from dfqc.compiler.package import MODEL, SCHEMA
 from dfqc.compiler.pipeline import Build
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
+from dfqc.compiler.stages_allocate import ALLOCATION
 from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
 from dfqc.compiler.storage import INFO, NAMES, PLAN
 
@@ -78,6 +80,7 @@ def assemble(build: Build) -> dict[str, Any]:
         "gates": gates,
         "notes": _notes(job, facts["image"]),
         "stages": [dataclasses.asdict(record) for record in build.records],
+        "allocation": _allocation(build),
         "layers": _layers(build),
         "environment": _environment(job),
     }
@@ -234,7 +237,8 @@ def _quality(score: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers(build: Build) -> list[dict[str, Any]]:
-    planned = build.data("plan", PLAN)["layers"]
+    planned = build.data("allocate", PLAN)["layers"]
+    table = table_from_json(build.data("allocate", ALLOCATION).get("table", {}))
     sqnr = build.data("evaluate", METRICS)["layers"]
     executed: Mapping[str, str] = {}
     if build.job.runtime is not None:
@@ -248,9 +252,26 @@ def _layers(build: Build) -> list[dict[str, Any]]:
             "executed": executed.get(layer["name"]),
             "reason": layer["reason"],
             "sqnr_db": sqnr.get(layer["name"]),
+            "sensitivity": _sensitivity(table.get(layer["name"])),
         }
         for layer in planned
     ]
+
+
+def _allocation(build: Build) -> dict[str, Any] | None:
+    """Under what the weights' bits were chosen, and what came of it; None: they were given."""
+    about = build.data("allocate", ALLOCATION)
+    return {name: value for name, value in about.items() if name != "table"} or None
+
+
+def _sensitivity(row: Mapping[int, Effect] | None) -> dict[str, Any] | None:
+    """What this layer's weights alone do to the output, by their bits."""
+    if row is None:
+        return None
+    return {
+        str(bits): {"sqnr_db": e.sqnr_db, "kl": e.kl, "agreement": e.agreement}
+        for bits, e in row.items()
+    }
 
 
 def _bits(raw: Mapping[str, int]) -> str:

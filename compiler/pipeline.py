@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfqc.compiler import machine, plugins, stages, stages_calib, stages_engine, storage
+from dfqc.compiler import (
+    machine,
+    plugins,
+    stages,
+    stages_allocate,
+    stages_calib,
+    stages_engine,
+    storage,
+)
 from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, Limits, Stage, StageRecord
@@ -37,7 +45,8 @@ def _trace_options(job: Job) -> Mapping[str, Any]:
 
 def _plan_options(job: Job) -> Mapping[str, Any]:
     target = dataclasses.asdict(job.backend.TARGET)
-    return {**_pick("bits", "ends", "layer")(job), "target": target}
+    # What a limit on the weights asks for is checked with the plan, and changes nothing in it.
+    return {**_pick("bits", "ends", "layer", "avg-bits", "size")(job), "target": target}
 
 
 def _data_options(job: Job) -> Mapping[str, Any]:
@@ -170,9 +179,20 @@ STAGES: tuple[Stage, ...] = (
         code=_held_out,
         seeded=True,
     ),
+    # Which layers can do with fewer bits shows on images. Without a limit the plan passes through.
+    Stage(
+        "allocate",
+        ("trace", "fold", "plan", "synthesize"),
+        stages_allocate.allocate,
+        stages_allocate.save_allocation,
+        storage.load_plan,
+        options=stages_allocate.options,
+        environment=_compute,
+        code=_modules("allocate", "sensitivity", "plan"),
+    ),
     Stage(
         "quantize",
-        ("trace", "fold", "plan", "synthesize", "holdout"),
+        ("trace", "fold", "allocate", "synthesize", "holdout"),
         stages.quantize,
         storage.save_state,
         storage.load_state,

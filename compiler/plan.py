@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import fx
 
@@ -34,8 +36,21 @@ WEIGHT_ONLY = "weight-only: weights dequantized at load"
 WEIGHT_ONLY_MIXED = "weight-only beside integer layers: weights dequantized in every call, slow"
 
 
+class Choice(NamedTuple):
+    """Weight bits that a budget gave a layer, and why."""
+
+    weight: int
+    reason: str
+
+
 def make_plan(
-    graph: Graph, target: TargetSpec, bits: Bits, rules: Sequence[Rule], *, ends: Bits | None
+    graph: Graph,
+    target: TargetSpec,
+    bits: Bits,
+    rules: Sequence[Rule],
+    *,
+    ends: Bits | None,
+    chosen: Mapping[str, Choice] = MappingProxyType({}),
 ) -> Plan:
     """Return the plan of a folded graph.
 
@@ -45,6 +60,7 @@ def make_plan(
         bits: default bits of every layer.
         rules: per-layer overrides, last match wins.
         ends: bits of the first and the last layer, or None for the same bits everywhere.
+        chosen: weight bits that replace those of some layers; activations keep theirs.
 
     Raises:
         UnsupportedError: bits that the target cannot hold.
@@ -55,11 +71,15 @@ def make_plan(
     for name, node in nodes:
         calls.setdefault(name, []).append(node)
     asked = resolve_bits(calls, bits, rules, ends=ends)
+    asked |= {name: Bits(pick.weight, asked[name].act) for name, pick in chosen.items()}
     for name, layer_bits in asked.items():
         check_bits(layer_bits, target, where=name)
     layers = {name: _plan_layer(graph, target, name, asked[name], calls[name]) for name in calls}
     if ends is None:
         layers |= _keep_image(layers, nodes, rules)
+    for name, pick in chosen.items():
+        reason = "; ".join(part for part in (pick.reason, layers[name].reason) if part)
+        layers[name] = dataclasses.replace(layers[name], reason=reason)
     quantizers, inputs = place(graph, target, layers)
     return Plan(
         target.name,

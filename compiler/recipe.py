@@ -13,8 +13,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dfqc.compiler import plugins
+from dfqc.compiler.allocate import widths
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.spec import Bits, Rule, check_bits, default_ends, parse_bits, parse_rule
+from dfqc.compiler.spec import (
+    Bits,
+    Rule,
+    TargetSpec,
+    check_bits,
+    default_ends,
+    parse_bits,
+    parse_rule,
+)
 from dfqc.compiler.units import parse_duration, parse_size
 
 Effort = Literal["quick", "standard", "max"]
@@ -64,6 +73,8 @@ class Recipe(BaseModel):
     bits: str = "w8a8"
     ends: str = "w8a8"
     layer: Rules = ()
+    avg_bits: float | None = Field(None, gt=0)
+    size: str | None = None
 
     effort: Effort = "standard"
     synth: str = "zeroq"
@@ -103,6 +114,18 @@ class Recipe(BaseModel):
     def rules(self) -> tuple[Rule, ...]:
         """Layer rules, later ones win."""
         return tuple(parse_rule(text) for text in self.layer)
+
+    @property
+    def weight_limit(self) -> str | None:
+        """The flag under which weight bits are chosen per layer, as it was given; None: none."""
+        if self.avg_bits is not None:
+            return f"--avg-bits {self.avg_bits:g}"
+        return f"--size {self.size}" if self.size else None
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Limit of the model's file."""
+        return parse_size(self.size, where="--size") if self.size else None
 
     @property
     def budget_seconds(self) -> float | None:
@@ -167,11 +190,34 @@ def check_recipe(recipe: Recipe) -> None:
         check_bits(recipe.ends_bits, target, where="--ends")
     for rule in recipe.rules:
         check_bits(rule.bits, target, where=f"--layer {rule.pattern!r}")
+    _check_weight_limit(recipe, target)
     _check_calibration(recipe)
     _check_image(recipe)
     if recipe.device != "cpu" and recipe.device.split(":")[0] != "cuda":
         raise UsageError(f"--device: got {recipe.device!r}, expected cpu, cuda or cuda:N")
     _ = recipe.budget_seconds, recipe.memory_bytes  # read for their faults
+
+
+def _check_weight_limit(recipe: Recipe, target: TargetSpec) -> None:
+    limit, _ = recipe.weight_limit, recipe.size_bytes  # the latter is read for its faults
+    if limit is None:
+        return
+    if recipe.avg_bits is not None and recipe.size is not None:
+        raise UsageError(
+            f"--avg-bits {recipe.avg_bits:g} and --size {recipe.size} both limit the weights: "
+            "use one of them"
+        )
+    if recipe.asked_bits.is_float:
+        raise UsageError(
+            f"{limit} chooses the bits of quantized weights, and --bits {recipe.bits} leaves them "
+            "in float; give bits such as w8a8, whose activation bits are kept"
+        )
+    narrow, wide = (end(widths(target)) for end in (min, max))
+    if recipe.avg_bits is not None and recipe.avg_bits < narrow:
+        raise UsageError(
+            f"{limit}: below the narrowest weights of target '{target.name}'; expected "
+            f"{narrow} to {wide}"
+        )
 
 
 def _check_calibration(recipe: Recipe) -> None:

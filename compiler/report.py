@@ -39,6 +39,7 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
         section("Size", _size(manifest)),
         section("Calibration images", _calibration(manifest, contact_sheet_png)),
         section("Precision ledger", _ledger(manifest.get("layers", []))),
+        section("Weight bits under a limit", _allocation(manifest)),
         section("Stages", _stages(manifest.get("stages", []))),
         section("Reproduce", _command(manifest)),
         section("Environment", pairs(manifest.get("environment", {}))),
@@ -49,9 +50,13 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
 def layers_csv(manifest: Mapping[str, Any]) -> str:
     """Return the precision ledger, one line per layer."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, LAYER_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    layers, widths = manifest.get("layers", []), _widths(manifest)
+    columns = (*LAYER_COLUMNS, *(f"w{bits}_alone_db" for bits in widths))
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(manifest.get("layers", []))
+    for layer in layers:
+        alone = {f"w{bits}_alone_db": _alone(layer, bits) for bits in widths}
+        writer.writerow({**layer, **alone})
     return out.getvalue()
 
 
@@ -208,6 +213,44 @@ def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
     ]
     header = ("layer", "op", "asked", "exported", "executed", "why", "SQNR (dB)", "")
     return table(header, rows, numeric=(6,))
+
+
+def _allocation(manifest: Mapping[str, Any]) -> str:
+    about, widths = manifest.get("allocation"), _widths(manifest)
+    if not about:
+        return ""
+    rows = [
+        [
+            layer["name"],
+            about["chosen"].get(layer["name"], "given"),
+            *(_number(_alone(layer, bits), 1) for bits in widths),
+        ]
+        for layer in manifest.get("layers", [])
+        if layer.get("sensitivity")
+    ]
+    header = ("layer", "bits", *(f"w{bits} alone (dB)" for bits in widths))
+    note = (
+        "Signal over noise of the output when the weights of this layer alone are rounded, on "
+        f"{about['images']} calibration images. Chosen by dynamic programming over the sum of the "
+        "noises." + (" The limit is more than all of them need." if about["all_widest"] else "")
+    )
+    facts = {
+        "limit": about["limit"],
+        "average bits of the chosen layers": _number(about["avg_bits"]),
+        "SQNR if their effects were independent": _unit(about["predicted_sqnr_db"], "dB"),
+    }
+    columns = tuple(range(1, 2 + len(widths)))
+    return pairs(facts) + table(header, rows, numeric=columns) + f"<p>{escape(note)}</p>"
+
+
+def _widths(manifest: Mapping[str, Any]) -> list[str]:
+    rows = [layer.get("sensitivity") or {} for layer in manifest.get("layers", [])]
+    return list(next((row for row in rows if row), {}))
+
+
+def _alone(layer: Mapping[str, Any], bits: str) -> float | None:
+    value: float | None = _get(layer, "sensitivity", bits, "sqnr_db")
+    return value
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -92,13 +92,18 @@ def plan(context: Context) -> Plan:
 
     job: Job = context.settings
     recipe = job.recipe
-    return make_plan(
+    decided = make_plan(
         context.value("fold"),
         job.backend.TARGET,
         recipe.asked_bits,
         recipe.rules,
         ends=recipe.ends_bits,
     )
+    if recipe.weight_limit is not None:
+        from dfqc.compiler.stages_allocate import check_limit
+
+        check_limit(job, context.value("fold"), decided)
+    return decided
 
 
 def check_data(context: Context) -> dict[str, Any]:
@@ -205,7 +210,7 @@ def quantize(context: Context) -> QuantState:
     state: QuantState = plugin.quantize(
         context.value("fold"),
         context.value("synthesize"),
-        context.value("plan"),
+        context.value("allocate"),
         options,
         rng=torch.Generator(device).manual_seed(context.seed()),
         device=device,
@@ -244,7 +249,9 @@ def lower(context: Context) -> tuple[Lowered, dict[str, int]]:
     job: Job = context.settings
     graph, state = context.value("fold"), context.value("correct")
     facts = load_json(context.path("trace", FACTS))
-    lowered: Lowered = job.backend.lower(graph, state, metadata=_metadata(job, facts, state.plan))
+    lowered: Lowered = job.backend.lower(
+        graph, state, metadata=file_metadata(job, facts, state.plan)
+    )
     sizes = {
         "float_bytes": context.path("float", FLOAT_MODEL).stat().st_size,
         "model_bytes": len(lowered.model),
@@ -253,8 +260,8 @@ def lower(context: Context) -> tuple[Lowered, dict[str, int]]:
     return lowered, sizes
 
 
-def _metadata(job: Job, facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
-    """What the file says of itself: enough to trace it back, and to feed it rightly."""
+def file_metadata(job: Job, facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
+    """Return what the file says of itself: enough to trace it back, and to feed it rightly."""
     image = facts["image"]
     metadata = {
         "dfqc.version": str(machine.version("dfqc")),

@@ -9,6 +9,7 @@ import models
 import quantized
 from dfqc.backends import ort
 from dfqc.compiler.errors import UnsupportedError, UsageError
+from dfqc.compiler.plan import Choice, make_plan
 from dfqc.compiler.spec import Bits, QScheme
 
 W4A4, W8A8, FLOAT = Bits(4, 4), Bits(8, 8), Bits(32, 32)
@@ -160,3 +161,23 @@ def test_the_image_keeps_its_eight_bits_unless_a_rule_narrows_it():
     narrowed = quantized.plan(graph, "w3a3", "conv1=w3a3", ends=None).layers["conv1"]
     assert narrowed.exported == Bits(3, 3)
     assert quantized.plan(graph, "w3a8", ends=None).layers["conv1"].reason == ort.TARGET.kernel_note
+
+
+def test_weight_bits_that_a_limit_chose():
+    graph = quantized.folded("residual")
+    chosen = {
+        "conv1": Choice(3, "w3 chosen"),
+        "layer2.conv1": Choice(6, "w6 chosen"),
+    }
+    plan = make_plan(graph, ort.TARGET, Bits(8, 4), [], ends=None, chosen=chosen)
+    image, inner, other = (plan.layers[n] for n in ("conv1", "layer2.conv1", "layer2.conv2"))
+    assert (image.asked, image.exported) == (Bits(3, 4), Bits(3, 8))
+    assert image.reason.startswith("w3 chosen; reads the image")
+    assert image.weight == QScheme(3, signed=True, symmetric=False, axis=0)
+    assert inner.asked == inner.exported == Bits(6, 4)
+    assert inner.reason == f"w6 chosen; {ort.TARGET.kernel_note}"
+    assert other.asked == Bits(8, 4)
+    with pytest.raises(UnsupportedError, match=r"layer2\.conv1: 6-bit weights"):
+        make_plan(
+            graph, NARROW, Bits(8, 8), [], ends=None, chosen=chosen | {"conv1": Choice(8, "")}
+        )

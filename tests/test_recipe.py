@@ -61,7 +61,7 @@ def test_a_saved_recipe_reads_back_to_the_same_recipe(tmp_path):
         "model": "a.pt2", "input_size": "3x32x32", "mean": ".5,.5,.5", "std": "1,1,1",
         "layer": ["fc=w8a8", "re:.*down.*=w6a6"], "synth_option": ["steps=10", "loss=kl"],
         "effort": "quick", "pretrained": False, "bits": "w4a4", "ends": "same",
-        "min_speedup": 1.5, "budget": "20m", "memory": "8g",
+        "min_speedup": 1.5, "budget": "20m", "memory": "8g", "size": "1.5m",
     }  # fmt: skip
     recipe = make_recipe(flags)
     file = write(tmp_path, yaml.safe_dump(recipe.saved()))
@@ -101,6 +101,11 @@ def test_effort_sets_the_samples_unless_given(effort):
         ({"bits": "w9a8"}, UsageError, r"weight bits must be 2\.\.8"),
         ({"bits": "int8"}, UsageError, "expected wNaM"),
         ({"ends": "w1a8"}, UsageError, "--ends"),
+        ({"avg_bits": 1.5}, UsageError, "--avg-bits 1.5: below the narrowest.*expected 2 to 8"),
+        ({"avg_bits": 0}, UsageError, "--avg-bits: got 0"),
+        ({"avg_bits": 4, "size": "1m"}, UsageError, "--avg-bits 4 and --size 1m.*use one of them"),
+        ({"avg_bits": 4, "bits": "w32a32"}, UsageError, "leaves them in float"),
+        ({"size": "tiny"}, UsageError, "--size: got 'tiny'"),
         ({"layer": ["fc"]}, UsageError, "PATTERN=wNaM"),
         ({"layer": ["re:(=w8a8"]}, UsageError, "no regular expression"),
         ({"target": "orrt"}, UsageError, r"unknown target 'orrt': did you mean 'ort'\?"),

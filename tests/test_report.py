@@ -165,6 +165,49 @@ def test_a_full_manifest_leaves_only_its_own_notes_open():
     assert [point.split(":")[0] for point in open_points(assumed)] == ["Preprocessing"]
 
 
+def effects(*decibels):
+    rows = zip((2, 4, 8), decibels, strict=True)
+    return {str(b): {"sqnr_db": v, "kl": 0.1, "agreement": 99.0} for b, v in rows}
+
+
+ALLOCATED = MANIFEST | {
+    "allocation": {
+        "limit": "--avg-bits 3.5",
+        "chosen": {"layer1.0.conv1": 4},
+        "all_widest": False,
+        "predicted_sqnr_db": 21.73,
+        "avg_bits": 3.4921,
+        "file_bytes": None,
+        "images": 64,
+    },
+    "layers": [
+        LAYERS[0] | {"sensitivity": effects(11.14, 26.66, 51.0)},
+        LAYERS[1] | {"sensitivity": effects(9.0, 19.0, None)},
+    ],
+}
+
+
+@pytest.mark.parametrize("text", ["--avg-bits 3.5", "3.49", "21.73 dB", "64 calibration images",
+                                  "11.1", "26.7", "w4 alone (dB)", "given"])  # fmt: skip
+def test_the_choice_of_bits_is_on_the_page(text):
+    assert text in read(ALLOCATED)
+
+
+def test_a_limit_that_is_none_is_said():
+    text = "The limit is more than all of them need."
+    assert text not in read(ALLOCATED)
+    allocation = ALLOCATED["allocation"] | {"all_widest": True}
+    assert text in read(ALLOCATED | {"allocation": allocation})
+    assert "Weight bits under a limit" not in read(MANIFEST | {"allocation": None})
+
+
+def test_layers_csv_has_what_each_layer_does_alone():
+    rows = list(csv.DictReader(io.StringIO(layers_csv(ALLOCATED))))
+    assert [row["w4_alone_db"] for row in rows] == ["26.66", "19.0"]
+    assert rows[1]["w8_alone_db"] == ""
+    assert "w4_alone_db" not in layers_csv(MANIFEST)
+
+
 def test_layers_csv_is_read_back():
     rows = list(csv.DictReader(io.StringIO(layers_csv(MANIFEST))))
     assert [row["name"] for row in rows] == ["layer1.0.conv1", "fc"]
