@@ -11,8 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from dfqc.compiler import machine
-from dfqc.compiler.allocate import Effect, table_from_json
+from dfqc.compiler import ledger, machine
 from dfqc.compiler.errors import (
     AccuracyGateError,
     EnvironmentFault,
@@ -24,9 +23,8 @@ from dfqc.compiler.job import Job
 from dfqc.compiler.package import MODEL, SCHEMA
 from dfqc.compiler.pipeline import Build
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
-from dfqc.compiler.stages_allocate import ALLOCATION
 from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
-from dfqc.compiler.storage import INFO, NAMES, PLAN
+from dfqc.compiler.storage import INFO, NAMES
 
 # The gravest first: a wrong engine's accuracy and speed mean nothing.
 EXIT_CODES = {
@@ -80,8 +78,9 @@ def assemble(build: Build) -> dict[str, Any]:
         "gates": gates,
         "notes": _notes(job, facts["image"]),
         "stages": [dataclasses.asdict(record) for record in build.records],
-        "allocation": _allocation(build),
-        "layers": _layers(build),
+        "allocation": ledger.describe_allocation(build),
+        "quantization": ledger.describe_quantization(build),
+        "layers": ledger.list_layers(build),
         "environment": _environment(job),
     }
 
@@ -234,48 +233,6 @@ def _quality(score: Mapping[str, Any]) -> dict[str, Any]:
         "twins": score["twins"]["images"],
         "out_of_range": score["out_of_range"],
     }
-
-
-def _layers(build: Build) -> list[dict[str, Any]]:
-    planned = build.data("allocate", PLAN)["layers"]
-    table = table_from_json(build.data("allocate", ALLOCATION).get("table", {}))
-    sqnr = build.data("evaluate", METRICS)["layers"]
-    executed: Mapping[str, str] = {}
-    if build.job.runtime is not None:
-        executed = build.data("verify", PARITY)["executed"]
-    return [
-        {
-            "name": layer["name"],
-            "op": layer["op"],
-            "asked": _bits(layer["asked"]),
-            "exported": _bits(layer["exported"]),
-            "executed": executed.get(layer["name"]),
-            "reason": layer["reason"],
-            "sqnr_db": sqnr.get(layer["name"]),
-            "sensitivity": _sensitivity(table.get(layer["name"])),
-        }
-        for layer in planned
-    ]
-
-
-def _allocation(build: Build) -> dict[str, Any] | None:
-    """Under what the weights' bits were chosen, and what came of it; None: they were given."""
-    about = build.data("allocate", ALLOCATION)
-    return {name: value for name, value in about.items() if name != "table"} or None
-
-
-def _sensitivity(row: Mapping[int, Effect] | None) -> dict[str, Any] | None:
-    """What this layer's weights alone do to the output, by their bits."""
-    if row is None:
-        return None
-    return {
-        str(bits): {"sqnr_db": e.sqnr_db, "kl": e.kl, "agreement": e.agreement}
-        for bits, e in row.items()
-    }
-
-
-def _bits(raw: Mapping[str, int]) -> str:
-    return f"w{raw['weight']}a{raw['act']}"
 
 
 def _notes(job: Job, image: Mapping[str, Any]) -> list[str]:

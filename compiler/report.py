@@ -19,7 +19,7 @@ from dfqc.compiler.units import format_duration, format_size
 if TYPE_CHECKING:
     import numpy as np
 
-LAYER_COLUMNS = ("name", "op", "asked", "exported", "executed", "reason", "sqnr_db")
+LAYER_COLUMNS = (*("name", "op", "asked", "exported", "executed", "rounding", "reason", "sqnr_db"),)
 
 _TILE = 96  # pixels of the shorter side below which images are enlarged on a contact sheet
 _GOOD_DB = 40.0  # length of a full bar
@@ -205,14 +205,15 @@ def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
             layer.get("asked"),
             layer.get("exported"),
             layer.get("executed") or "not known",
+            layer.get("rounding") or "",
             layer.get("reason"),
             _number(layer.get("sqnr_db"), 1),
             _bar(layer.get("sqnr_db")),
         ]
         for layer in layers
     ]
-    header = ("layer", "op", "asked", "exported", "executed", "why", "SQNR (dB)", "")
-    return table(header, rows, numeric=(6,))
+    header = ("layer", "op", "asked", "exported", "executed", "rounding", "why", "SQNR (dB)", "")
+    return table(header, rows, numeric=(7,))
 
 
 def _allocation(manifest: Mapping[str, Any]) -> str:

@@ -1,0 +1,81 @@
+"""What the manifest says of layers and of their quantization: a finished build in, rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dfqc.compiler.allocate import Effect, table_from_json
+from dfqc.compiler.pipeline import Build
+from dfqc.compiler.stages_allocate import ALLOCATION
+from dfqc.compiler.stages_engine import METRICS, PARITY
+from dfqc.compiler.storage import INFO, PLAN
+
+
+def list_layers(build: Build) -> list[dict[str, Any]]:
+    """Return what every layer asked for, got and runs as, and how its weights were rounded."""
+    planned = build.data("allocate", PLAN)["layers"]
+    table = table_from_json(build.data("allocate", ALLOCATION).get("table", {}))
+    sqnr = build.data("evaluate", METRICS)["layers"]
+    executed: Mapping[str, str] = {}
+    if build.job.runtime is not None:
+        executed = build.data("verify", PARITY)["executed"]
+    rounding = _rounding(build.data("correct", INFO)["info"])
+    return [
+        {
+            "name": layer["name"],
+            "op": layer["op"],
+            "asked": _bits(layer["asked"]),
+            "exported": _bits(layer["exported"]),
+            "executed": executed.get(layer["name"]),
+            "reason": layer["reason"],
+            "rounding": rounding.get(layer["name"]),
+            "sqnr_db": sqnr.get(layer["name"]),
+            "sensitivity": _sensitivity(table.get(layer["name"])),
+        }
+        for layer in planned
+    ]
+
+
+def describe_allocation(build: Build) -> dict[str, Any] | None:
+    """Say under what the weights' bits were chosen, and what came of it; None: they were given."""
+    about = build.data("allocate", ALLOCATION)
+    return {name: value for name, value in about.items() if name != "table"} or None
+
+
+def _sensitivity(row: Mapping[int, Effect] | None) -> dict[str, Any] | None:
+    """What this layer's weights alone do to the output, by their bits."""
+    if row is None:
+        return None
+    return {
+        str(bits): {"sqnr_db": e.sqnr_db, "kl": e.kl, "agreement": e.agreement}
+        for bits, e in row.items()
+    }
+
+
+def _bits(raw: Mapping[str, int]) -> str:
+    return f"w{raw['weight']}a{raw['act']}"
+
+
+def describe_quantization(build: Build) -> dict[str, Any]:
+    """Return which quantizer ran, what it chose between and what it kept, per unit and in all."""
+    about = build.data("correct", INFO)["info"]
+    return {
+        "quantizer": about["quantizer"],
+        "kept": about.get("kept"),
+        "heldout_error": about.get("heldout_error"),
+        "shortened": about.get("shortened", False),
+        "bias_correction": about.get("bias_correction"),
+        "units": about.get("units", []),
+    }
+
+
+def _rounding(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return, per layer, what gave its weights their codes; empty for a method of one way."""
+    units = about.get("units", [])
+    kept = about.get("kept", "reconstructed")
+    return {
+        layer: unit["winner"] if kept == "reconstructed" else kept
+        for unit in units
+        for layer in unit["layers"]
+    }
