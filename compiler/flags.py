@@ -51,6 +51,7 @@ FLAGS = (
     Flag("zoo", str, "more models of the same classes, for mixmix", "MODEL,MODEL", _CALIB),
     Flag("calib_data", str, "images instead: .npz, .safetensors, folder", "PATH", _CALIB),
     Flag("samples", int, "number of calibration images", "N", _CALIB),
+    Flag("equalize", str, "none, cle (exact) or dfq (ReLU6 to ReLU, biases)", "NAME", _QUANT),
     Flag("quantizer", str, "quantizer (dfqc list)", "NAME", _QUANT),
     Flag("quantizer_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _QUANT),
     Flag("bias_correction", str, "auto, empirical, analytic or none", "NAME", _QUANT),

@@ -112,9 +112,21 @@ STAGES: tuple[Stage, ...] = (
         environment=_versions("torch"),
         code=_modules("loading", "frontend"),
     ),
+    # Before folding, so that the batch norms, from which expected activations are derived, describe
+    # the equalized model too. Images are made for the original one: they serve all recipes.
+    Stage(
+        "equalize",
+        ("trace",),
+        stages.equalize,
+        check=stages.verify_equalize,
+        options=_pick("equalize"),
+        code=_modules("passes.equalize"),
+    ),
     # All but synthesis works on the folded graph: it is what the engine runs. Folding takes
     # milliseconds, storing the weights twice would not.
-    Stage("fold", ("trace",), stages.fold, check=stages.verify_fold, code=_modules("passes.fold")),
+    Stage(
+        "fold", ("equalize",), stages.fold, check=stages.verify_fold, code=_modules("passes.fold")
+    ),
     # Before any work: a rule that matches nothing and bits that the target cannot hold fail here.
     Stage(
         "plan",
@@ -172,7 +184,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "quantize",
-        ("trace", "fold", "plan", "synthesize", "holdout"),
+        ("equalize", "fold", "plan", "synthesize", "holdout"),
         stages.quantize,
         storage.save_state,
         storage.load_state,
@@ -184,7 +196,7 @@ STAGES: tuple[Stage, ...] = (
     # After rounding, whose mean error it undoes, and before lowering, which snaps the biases.
     Stage(
         "correct",
-        ("trace", "fold", "synthesize", "quantize"),
+        ("equalize", "fold", "synthesize", "holdout", "quantize"),
         stages.correct,
         storage.save_state,
         storage.load_state,
@@ -195,13 +207,13 @@ STAGES: tuple[Stage, ...] = (
     # The control of every comparison. Independent of the plan: one serves all bits of a model.
     Stage(
         "float",
-        ("fold",),
+        ("trace",),
         stages.export_float,
         storage.save_float,
         storage.load_float,
         options=_pick("target"),
         environment=_versions(*_EXPORTERS),
-        code=_backend(),
+        code=_backend("passes.fold"),
     ),
     Stage(
         "lower",

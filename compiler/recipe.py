@@ -72,6 +72,7 @@ class Recipe(BaseModel):
     calib_data: str | None = None
     samples: int = Field(SAMPLES["standard"], ge=1)
 
+    equalize: Literal["none", "cle", "dfq"] = "none"
     quantizer: str = "rtn"
     quantizer_option: Mapping[str, Any] = {}
     bias_correction: Literal["auto", "empirical", "analytic", "none"] = "auto"
