@@ -50,30 +50,48 @@ def expected_inputs(graph: Graph) -> dict[str, Tensor]:
     Layers whose input cannot be derived (an op that is not understood before any later batch
     norm) are left out: the caller must say so rather than guess.
     """
+    return {path: moments.mean for path, moments in input_moments(graph).items()}
+
+
+def folded_inputs(graph: Graph, folded: Graph) -> dict[str, Tensor]:
+    """Return `expected_inputs` as the layers of the folded graph see them."""
+    return {path: moments.mean for path, moments in folded_moments(graph, folded).items()}
+
+
+def input_moments(graph: Graph) -> dict[str, Moments]:
+    """Return, per layer (module path), mean and variance of its input; as `expected_inputs`."""
     walker = _MomentWalker(graph)
     with torch.inference_mode():
         walker.run(torch.zeros(1, *graph.image.size, dtype=torch.float64))
     return walker.inputs
 
 
-def folded_inputs(graph: Graph, folded: Graph) -> dict[str, Tensor]:
-    """Return `expected_inputs` as the layers of the folded graph see them.
+def folded_moments(graph: Graph, folded: Graph) -> dict[str, Moments]:
+    """Return `input_moments` as the layers of the folded graph see them.
 
     A layer that took in the batch norm before it reads what that batch norm read: its running
-    mean, not its beta.
+    statistics, not its beta and gamma.
     """
-    expected = expected_inputs(graph)
+    expected = input_moments(graph)
     kept = {node.name for node in folded.module.graph.nodes}
     for norm in batch_norms(graph):
         if norm.node.name in kept or _went_into_producer(norm, graph, folded):
             continue
-        assert norm.module.running_mean is not None
-        mean = norm.module.running_mean.detach().cpu().double()
         for path in (str(user.target) for user in norm.node.users):
             if path in expected:
-                view = [1, -1] + [1] * (expected[path].dim() - 2)
-                expected[path] = torch.zeros_like(expected[path]) + mean.view(view)
+                shape = expected[path].mean
+                expected[path] = Moments(
+                    _per_channel(norm.module.running_mean, shape),
+                    _per_channel(norm.module.running_var, shape),
+                )
     return expected
+
+
+def _per_channel(values: Tensor | None, like: Tensor) -> Tensor:
+    """Spread one value per channel over a map of the shape of `like`, (1, channels, ...)."""
+    assert values is not None
+    view = [1, -1] + [1] * (like.dim() - 2)
+    return torch.zeros_like(like) + values.detach().cpu().double().view(view)
 
 
 def _went_into_producer(norm: Norm, graph: Graph, folded: Graph) -> bool:
@@ -157,7 +175,7 @@ class _MomentWalker(fx.Interpreter):
         super().__init__(graph.module)
         self.shapes = node_shapes(graph)
         self.image = graph.image
-        self.inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Moments] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         zeros: Tensor = super().placeholder(target, args, kwargs)
@@ -189,7 +207,7 @@ class _MomentWalker(fx.Interpreter):
             return Moments(zeros + beta.view(view), zeros + (gamma**2).view(view))
         if not isinstance(value, Moments):
             return None
-        self.inputs.setdefault(str(node.target), value.mean)
+        self.inputs.setdefault(str(node.target), value)
         return _through_layer(module, value)
 
     def _function(self, node: fx.Node) -> Any:

@@ -242,6 +242,7 @@ def correct(context: Context) -> QuantState:
         context.value("synthesize"),
         bias.Options.model_validate({"method": context.settings.recipe.bias_correction}),
         device=device_of(context),
+        held_out=context.value("holdout").images,
         progress=context.progress(),
     )
 
