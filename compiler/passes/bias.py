@@ -3,6 +3,12 @@
 Rounding shifts the mean of every output channel. Analytic: the shift is (W^ - W) applied to the
 expected input, known from batch-norm statistics (Nagel et al. 2019, section 4.2). Empirical: the
 shift is measured on the calibration set, layer by layer, on the simulated network.
+
+Synthetic images flatter the empirical one, which is fitted to them: Tiny Darknet at W4A4 with genie
+images has a top-1 of 2 % with it, 13 % with the analytic one and 12 % with their mean. Judged on
+images made in another way, by the divergence of the softmax, `auto` takes the analytic one there.
+Of 12 cases of ResNet-20 and MobileNetV1-0.25 at W8A8, W4A8 and W4A4 it loses 0.2 points on average
+to the best of the four; signal to noise on the calibration set loses 0.8, and 4.4 at most.
 """
 
 from __future__ import annotations
