@@ -30,8 +30,8 @@ LEGEND = (
     "and threads as in the JSON file."
 )
 STAGES = (
-    *("trace", "fold", "plan", "data", "synthesize", "holdout", "quantize", "correct", "float"),
-    *("lower", "verify", "evaluate", "bench"),
+    *("trace", "equalize", "fold", "plan", "data", "synthesize", "holdout", "quantize", "correct"),
+    *("float", "lower", "verify", "evaluate", "bench"),
 )
 
 

@@ -3,110 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfqc.compiler import (
-    machine,
-    plugins,
-    stages,
-    stages_allocate,
-    stages_calib,
-    stages_engine,
-    storage,
-)
+from dfqc.compiler import stage_keys as depend
+from dfqc.compiler import stages, stages_allocate, stages_calib, stages_engine, storage
 from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, Limits, Stage, StageRecord
 from dfqc.compiler.job import Job
 from dfqc.compiler.units import parse_size
-
-_EXPORTERS = ("torch", "onnx", "onnxscript", "onnx-ir", "dfqc")
-
-
-def _pick(*names: str) -> Callable[[Job], Mapping[str, Any]]:
-    """Options of a stage: some keys of the saved recipe, which is plain data."""
-    return lambda job: {name: job.recipe.saved()[name] for name in names}
-
-
-def _versions(*names: str) -> Callable[[Job], Mapping[str, Any]]:
-    return lambda job: machine.versions(*names)
-
-
-def _trace_options(job: Job) -> Mapping[str, Any]:
-    # The model counts by content: the same file under another path is the same model.
-    image = _pick("input-size", "resize", "mean", "std", "unsafe-load")(job)
-    return {"model": job.model_digest, **image}
-
-
-def _plan_options(job: Job) -> Mapping[str, Any]:
-    target = dataclasses.asdict(job.backend.TARGET)
-    # What a limit on the weights asks for is checked with the plan, and changes nothing in it.
-    return {**_pick("bits", "ends", "layer", "avg-bits", "size")(job), "target": target}
-
-
-def _data_options(job: Job) -> Mapping[str, Any]:
-    digests = {"calib-data": job.calib_digest, "eval-data": job.eval_digest}
-    return {**_pick("synth", "samples")(job), **digests}
-
-
-def _synthesize_options(job: Job) -> Mapping[str, Any]:
-    options = _pick("synth", "synth-option", "effort", "samples", "budget")(job)
-    return {**options, "calib-data": job.calib_digest}
-
-
-def _lower_options(job: Job) -> Mapping[str, Any]:
-    return {"target": job.recipe.target, "recipe": job.recipe_digest()}
-
-
-def _evaluate_options(job: Job) -> Mapping[str, Any]:
-    return {"target": job.recipe.target, "eval-data": job.eval_digest}
-
-
-def _bench_options(job: Job) -> Mapping[str, Any]:
-    threads = stages_engine.bench_threads(job)
-    return {"target": job.recipe.target, "batch": job.recipe.batch, "threads": threads}
-
-
-def _compute(job: Job) -> Mapping[str, Any]:
-    return {**machine.versions("torch"), "device": job.recipe.device.split(":")[0]}
-
-
-def _engine(job: Job) -> Mapping[str, Any]:
-    # What an engine computes, and how fast, belongs to this runtime on this processor.
-    flags = ",".join(machine.integer_flags())
-    return {"runtime": job.runtime, "cpu": machine.cpu_model(), "flags": flags}
-
-
-def _synthesizer(job: Job) -> tuple[str, ...]:
-    ours = ("dfqc.compiler.batches", "dfqc.compiler.calib_quality")
-    return (f"dfqc.calib.{job.recipe.synth}", *ours)
-
-
-def _held_out(job: Job) -> tuple[str, ...]:
-    ours = ("dfqc.compiler.batches", "dfqc.compiler.calib_quality")
-    return ("dfqc.calib.zeroq", "dfqc.calib.noise", *ours)
-
-
-def _quantizer(job: Job) -> tuple[str, ...]:
-    return (plugins.module_name("quantizer", job.recipe.quantizer),)
-
-
-def _backend(*others: str) -> Callable[[Job], tuple[str, ...]]:
-    def modules(job: Job) -> tuple[str, ...]:
-        ours = tuple(f"dfqc.compiler.{name}" for name in others)
-        return (f"dfqc.backends.{job.recipe.target}", *ours)
-
-    return modules
-
-
-def _modules(*names: str) -> Callable[[Job], tuple[str, ...]]:
-    return lambda job: tuple(f"dfqc.compiler.{name}" for name in names)
-
 
 STAGES: tuple[Stage, ...] = (
     # First, because everything is named by the graph: layers, rules, reports.
@@ -117,13 +26,29 @@ STAGES: tuple[Stage, ...] = (
         stages.save_trace,
         stages.load_trace,
         stages.verify_trace,
-        options=_trace_options,
-        environment=_versions("torch"),
-        code=_modules("loading", "frontend"),
+        options=depend.trace_options,
+        environment=depend.versions("torch"),
+        code=depend.modules("loading", "frontend"),
+    ),
+    # Before folding, so that the batch norms, from which expected activations are derived, describe
+    # the equalized model too. Images are made for the original one: they serve all recipes.
+    Stage(
+        "equalize",
+        ("trace",),
+        stages.equalize,
+        check=stages.verify_equalize,
+        options=depend.pick("equalize"),
+        code=depend.modules("passes.equalize"),
     ),
     # All but synthesis works on the folded graph: it is what the engine runs. Folding takes
     # milliseconds, storing the weights twice would not.
-    Stage("fold", ("trace",), stages.fold, check=stages.verify_fold, code=_modules("passes.fold")),
+    Stage(
+        "fold",
+        ("equalize",),
+        stages.fold,
+        check=stages.verify_fold,
+        code=depend.modules("passes.fold"),
+    ),
     # Before any work: a rule that matches nothing and bits that the target cannot hold fail here.
     Stage(
         "plan",
@@ -131,8 +56,8 @@ STAGES: tuple[Stage, ...] = (
         stages.plan,
         storage.save_plan,
         storage.load_plan,
-        options=_plan_options,
-        code=_modules("plan"),
+        options=depend.plan_options,
+        code=depend.modules("plan"),
     ),
     # What the images need is checked now, not when they are needed: an empty folder, too few
     # images, a label out of range or missing batch norms must not cost an hour of synthesis.
@@ -142,8 +67,8 @@ STAGES: tuple[Stage, ...] = (
         stages.check_data,
         stages.save_data,
         stages.load_data,
-        options=_data_options,
-        code=_modules("dataset"),
+        options=depend.data_options,
+        code=depend.modules("dataset"),
     ),
     # Other models beside which images are made. Read by few synthesizers, and only when they run.
     Stage(
@@ -151,8 +76,8 @@ STAGES: tuple[Stage, ...] = (
         ("trace",),
         stages_calib.read_zoo,
         options=lambda job: {"zoo": job.zoo_digests},
-        environment=_versions("torch"),
-        code=_modules("mixing_zoo", "loading", "frontend"),
+        environment=depend.versions("torch"),
+        code=depend.modules("mixing_zoo", "loading", "frontend"),
     ),
     # On the unfolded graph, whose batch-norm statistics it matches. Independent of the plan: one
     # calibration set serves all bits and targets of a model.
@@ -162,9 +87,9 @@ STAGES: tuple[Stage, ...] = (
         stages_calib.synthesize,
         stages_calib.save_calibration,
         storage.load_calib,
-        options=_synthesize_options,
-        environment=_compute,
-        code=_synthesizer,
+        options=depend.synthesize_options,
+        environment=depend.compute,
+        code=depend.synthesizer,
         seeded=True,
     ),
     # What judges must not be what was fitted: other images, made in another way.
@@ -174,9 +99,9 @@ STAGES: tuple[Stage, ...] = (
         stages_calib.hold_out,
         stages_calib.save_calibration,
         storage.load_calib,
-        options=_pick("budget"),
-        environment=_compute,
-        code=_held_out,
+        options=depend.pick("budget"),
+        environment=depend.compute,
+        code=depend.held_out,
         seeded=True,
     ),
     # Which layers can do with fewer bits shows on images. Without a limit the plan passes through.
@@ -187,41 +112,41 @@ STAGES: tuple[Stage, ...] = (
         stages_allocate.save_allocation,
         storage.load_plan,
         options=stages_allocate.options,
-        environment=_compute,
-        code=_modules("allocate", "sensitivity", "plan"),
+        environment=depend.compute,
+        code=depend.modules("allocate", "sensitivity", "plan"),
     ),
     Stage(
         "quantize",
-        ("trace", "fold", "allocate", "synthesize", "holdout"),
+        ("equalize", "fold", "allocate", "synthesize", "holdout"),
         stages.quantize,
         storage.save_state,
         storage.load_state,
-        options=_pick("quantizer", "quantizer-option", "effort", "budget"),
-        environment=_compute,
-        code=_quantizer,
+        options=depend.pick("quantizer", "quantizer-option", "effort", "budget"),
+        environment=depend.compute,
+        code=depend.quantizer,
         seeded=True,
     ),
     # After rounding, whose mean error it undoes, and before lowering, which snaps the biases.
     Stage(
         "correct",
-        ("trace", "fold", "synthesize", "quantize"),
+        ("equalize", "fold", "synthesize", "holdout", "quantize"),
         stages.correct,
         storage.save_state,
         storage.load_state,
-        options=_pick("bias-correction"),
-        environment=_compute,
-        code=_modules("passes.bias"),
+        options=depend.pick("bias-correction"),
+        environment=depend.compute,
+        code=depend.modules("passes.bias"),
     ),
     # The control of every comparison. Independent of the plan: one serves all bits of a model.
     Stage(
         "float",
-        ("fold",),
+        ("trace",),
         stages.export_float,
         storage.save_float,
         storage.load_float,
-        options=_pick("target"),
-        environment=_versions(*_EXPORTERS),
-        code=_backend(),
+        options=depend.pick("target"),
+        environment=depend.versions(*depend.EXPORTERS),
+        code=depend.backend("passes.fold"),
     ),
     Stage(
         "lower",
@@ -229,9 +154,9 @@ STAGES: tuple[Stage, ...] = (
         stages.lower,
         storage.save_lowered,
         storage.load_lowered,
-        options=_lower_options,
-        environment=_versions(*_EXPORTERS),
-        code=_backend("sizes"),
+        options=depend.lower_options,
+        environment=depend.versions(*depend.EXPORTERS),
+        code=depend.backend("sizes"),
     ),
     # What the simulation computes: another machine, with or without this one's runtime, checks its
     # engine against it.
@@ -241,9 +166,9 @@ STAGES: tuple[Stage, ...] = (
         stages_engine.golden,
         stages_engine.save_golden,
         stages_engine.load_golden,
-        options=_pick("target"),
-        environment=_versions("torch"),
-        code=_backend("simulate", "verify_package"),
+        options=depend.pick("target"),
+        environment=depend.versions("torch"),
+        code=depend.backend("simulate", "verify_package"),
     ),
     # Before any figure is believed: does the engine compute what was simulated?
     Stage(
@@ -252,9 +177,9 @@ STAGES: tuple[Stage, ...] = (
         stages_engine.verify,
         stages_engine.save_verdict,
         stages_engine.load_verdict,
-        options=_pick("target"),
-        environment=_engine,
-        code=_backend("parity"),
+        options=depend.pick("target"),
+        environment=depend.engine,
+        code=depend.backend("parity"),
     ),
     Stage(
         "evaluate",
@@ -262,9 +187,9 @@ STAGES: tuple[Stage, ...] = (
         stages_engine.evaluate,
         stages_engine.save_metrics,
         stages_engine.load_metrics,
-        options=_evaluate_options,
-        environment=_engine,
-        code=_backend("evaluate", "fidelity", "dataset", "simulate"),
+        options=depend.evaluate_options,
+        environment=depend.engine,
+        code=depend.backend("evaluate", "fidelity", "dataset", "simulate"),
     ),
     # Last, when nothing else runs: the one figure that other work would spoil.
     Stage(
@@ -273,9 +198,9 @@ STAGES: tuple[Stage, ...] = (
         stages_engine.bench,
         stages_engine.save_latency,
         stages_engine.load_latency,
-        options=_bench_options,
-        environment=_engine,
-        code=_backend("bench"),
+        options=depend.bench_options,
+        environment=depend.engine,
+        code=depend.backend("bench"),
     ),
 )
 # What cannot be done where the target's runtime is missing.

@@ -83,9 +83,10 @@ class Recipe(BaseModel):
     calib_data: str | None = None
     samples: int = Field(SAMPLES["standard"], ge=1)
 
+    equalize: Literal["none", "cle", "dfq"] = "none"
     quantizer: str = "rtn"
     quantizer_option: Mapping[str, Any] = {}
-    bias_correction: Literal["auto", "empirical", "analytic", "none"] = "auto"
+    bias_correction: Literal["auto", "blend", "empirical", "analytic", "none"] = "auto"
 
     eval_data: str | None = None
     max_drop: float | None = Field(None, ge=0)

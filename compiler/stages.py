@@ -72,11 +72,27 @@ def verify_trace(value: tuple[Graph, dict[str, Any]]) -> None:
     verify(value[0], "trace")
 
 
+def equalize(context: Context) -> Graph:
+    """Balance the channels of neighboring layers, where the recipe asks for it."""
+    from dfqc.compiler.passes import equalize as equalizing
+
+    graph: Graph = context.value("trace")
+    options = equalizing.METHODS[context.settings.recipe.equalize]
+    return graph if options is None else equalizing.equalize(graph, options)
+
+
+def verify_equalize(graph: Graph) -> None:
+    """Check the graph against the canonical dialect."""
+    from dfqc.compiler.graph import verify
+
+    verify(graph, "equalize")
+
+
 def fold(context: Context) -> Graph:
     """Fold the batch norms."""
     from dfqc.compiler.passes.fold import fold as fold_graph
 
-    return fold_graph(context.value("trace"))
+    return fold_graph(context.value("equalize"))
 
 
 def verify_fold(graph: Graph) -> None:
@@ -199,7 +215,7 @@ def quantize(context: Context) -> QuantState:
     recipe = context.settings.recipe
     plugin = plugins.load("quantizer", recipe.quantizer)
     supplies = QuantizerSupplies(
-        unfolded=context.value("trace"),
+        unfolded=context.value("equalize"),
         held_out=context.value("holdout").images,
         memory_bytes=recipe.memory_bytes,
         seconds=context.share_of_time(_QUANTIZE_SHARE),
@@ -226,19 +242,22 @@ def correct(context: Context) -> QuantState:
 
     return bias.correct(
         context.value("fold"),
-        context.value("trace"),
+        context.value("equalize"),
         context.value("quantize"),
         context.value("synthesize"),
         bias.Options.model_validate({"method": context.settings.recipe.bias_correction}),
         device=device_of(context),
+        held_out=context.value("holdout").images,
         progress=context.progress(),
     )
 
 
 def export_float(context: Context) -> bytes:
-    """Write the float model that the engine is compared with."""
+    """Write the float model that the engine is compared with: the user's, not equalized."""
+    from dfqc.compiler.passes.fold import fold as fold_graph
+
     job: Job = context.settings
-    model: bytes = job.backend.lower_float(context.value("fold"))
+    model: bytes = job.backend.lower_float(fold_graph(context.value("trace")))
     return model
 
 

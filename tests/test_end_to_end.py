@@ -138,6 +138,13 @@ def test_a_change_keeps_the_stages_it_does_not_touch(shared, capsys):
     assert stored_stages(manifest) == {stage.name for stage in STAGES}  # a gate costs nothing
 
 
+def test_equalizing_keeps_the_images_and_the_float_model(shared, capsys):
+    build(capsys, shared)
+    manifest = build(capsys, shared, "--equalize", "cle", output="other")
+    assert stored_stages(manifest) >= {"trace", "data", "synthesize", "holdout", "float"}
+    assert not stored_stages(manifest) & {"plan", "quantize", "correct", "lower"}
+
+
 @pytest.mark.parametrize(
     ("net", "bits"),
     [

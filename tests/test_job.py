@@ -29,7 +29,8 @@ def test_the_recipe_digest_is_about_content_and_not_about_places(workspace):
 @pytest.mark.parametrize(
     "change",
     [{"bits": "w4a4"}, {"seed": 1}, {"samples": 7}, {"layer": ["fc=w8a8"]}, {"resize": 20},
-     {"synth_option": ["lr=0.1"]}, {"ends": "same"}, {"bias_correction": "none"}],
+     {"synth_option": ["lr=0.1"]}, {"ends": "same"}, {"bias_correction": "none"},
+     {"equalize": "cle"}],
     ids=str,
 )  # fmt: skip
 def test_what_changes_the_model_changes_the_recipe_digest(workspace, change):

@@ -220,7 +220,7 @@ def test_layers_csv_is_read_back():
 
 def test_layers_csv_ignores_fields_of_later_versions():
     text = layers_csv({"layers": [LAYERS[0] | {"later": 1}]})
-    assert text.splitlines()[0] == "name,op,asked,exported,executed,reason,sqnr_db"
+    assert text.splitlines()[0] == "name,op,asked,exported,executed,rounding,reason,sqnr_db"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -3,39 +3,53 @@
 Rounding shifts the mean of every output channel. Analytic: the shift is (W^ - W) applied to the
 expected input, known from batch-norm statistics (Nagel et al. 2019, section 4.2). Empirical: the
 shift is measured on the calibration set, layer by layer, on the simulated network.
+
+Synthetic images flatter the empirical one, which is fitted to them: Tiny Darknet at W4A4 with genie
+images has a top-1 of 2 % with it, 13 % with the analytic one and 12 % with their mean. Judged on
+images made in another way, by the divergence of the softmax, `auto` takes the analytic one there.
+Of 12 cases of ResNet-20 and MobileNetV1-0.25 at W8A8, W4A8 and W4A4 it loses 0.2 points on average
+to the best of the four; signal to noise on the calibration set loses 0.8, and 4.4 at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import CalibSet, Progress, QTensor, QuantState, silent
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.moments import folded_inputs
-from dfqc.compiler.simulate import simulated, snapped_bias
+from dfqc.compiler.moments import folded_inputs, folded_moments
+from dfqc.compiler.passes._empirical import empirical_biases
+from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import LayerPlan
 
 log = logging.getLogger(__name__)
 
-METHODS = ("none", "analytic", "empirical")  # in the order of ties: the simplest wins
+METHODS = ("none", "blend", "analytic", "empirical")  # in the order of ties
 JUDGE_IMAGES = 64
 
 
 class Options(BaseModel):
-    """Options of bias correction."""
+    """Options of bias correction.
+
+    `blend` is the mean of the analytic and the empirical biases: what each knows of real data is
+    wrong in another way. `variance`: `analytic` also gives the quantized layers the variances that
+    the float ones have by batch-norm statistics (see `restandardize`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["auto", "empirical", "analytic", "none"] = "auto"
+    method: Literal["auto", "blend", "empirical", "analytic", "none"] = "auto"
+    variance: Literal["keep", "analytic"] = "keep"
     images: int = Field(256, ge=1, description="images of the calibration set to measure on")
     batch_size: int = Field(32, ge=1)
 
@@ -48,12 +62,13 @@ def correct(
     options: Options,
     *,
     device: torch.device,
+    held_out: Tensor | None = None,
     progress: Progress = silent,
 ) -> QuantState:
     """Return `state` with corrected biases.
 
     `auto` makes all of them and keeps the one whose simulated outputs are nearest to the float
-    ones, on calibration images that the empirical fit did not see.
+    ones, by the divergence of their softmax.
 
     Args:
         graph: folded graph (what the state belongs to).
@@ -62,53 +77,118 @@ def correct(
         calib: calibration images (for `empirical`).
         options: which method, and how many images.
         device: where the measurement runs.
+        held_out: images (n, c, h, w) made in another way, by which `auto` judges. None: a part of
+            the calibration set, to which then nothing is fitted while judging.
         progress: called per layer.
     """
-
-    def fit(method: str, images: Tensor) -> QuantState:
-        if method == "none":
-            return _corrected(state, {}, {"method": "none"})
-        if method == "analytic":
-            biases, info = analytic_biases(graph, unfolded, state)
-        else:
-            biases = empirical_biases(
-                graph, state, images, batch=options.batch_size, device=device, progress=progress
-            )
-            info = {"images": len(images)}
-        return _corrected(state, biases, {"method": method, **info})
+    if options.variance == "analytic":
+        state = restandardize(graph, unfolded, state)
 
     images = calib.images[: options.images]
+
+    @functools.cache
+    def measured(count: int) -> dict[str, Tensor]:
+        batch = options.batch_size
+        return empirical_biases(
+            graph, state, images[:count], batch=batch, device=device, progress=progress
+        )
+
+    @functools.cache
+    def derived() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return analytic_biases(graph, unfolded, state)
+
+    def fit(method: str, count: int) -> QuantState:
+        info: dict[str, Any] = {"method": method, "variance": options.variance}
+        biases: dict[str, Tensor] = {}
+        if method in ("empirical", "blend"):
+            biases = measured(count)
+            info["images"] = count
+        if method in ("analytic", "blend"):
+            analytic, notes = derived()
+            info |= notes
+            biases = analytic if method == "analytic" else blend_biases(biases, analytic)
+        return _corrected(state, biases, info)
+
     if options.method != "auto":
-        return fit(options.method, images)
-    seen, unseen = _split(images)
-    scores = {m: output_sqnr(graph, fit(m, seen), unseen, device=device) for m in METHODS}
-    best = max(METHODS, key=lambda method: scores[method])
+        return fit(options.method, len(images))
+    seen, judges = _judges(images) if held_out is None else (len(images), _spread(held_out))
+    scores = {m: output_distance(graph, fit(m, seen), judges, device=device) for m in METHODS}
+    best = min(METHODS, key=lambda method: scores[method])
     log.info("bias correction: %s of %s", best, scores)
-    chosen = fit(best, images)
-    info = {**chosen.info["bias_correction"], "output_sqnr_db": scores}
+    chosen = fit(best, len(images))
+    info = {**chosen.info["bias_correction"], "distance": scores}
     return _corrected(state, chosen.biases, info)
 
 
-def output_sqnr(
+def output_distance(
     graph: Graph, state: QuantState, images: Tensor, *, device: torch.device, batch: int = 32
 ) -> float:
-    """Return the SQNR in dB of the simulation's outputs against the float ones on `images`."""
-    simulation = simulated(graph, state).module.to(device)
+    """Return how far the simulation's outputs are from the float ones; 0 is equal.
+
+    The mean Kullback-Leibler divergence of the softmax over axis 1; of a single output, noise by
+    signal. Unlike signal to noise, a divergence does not mistake a common factor on all logits,
+    which decides nothing, for an error.
+    """
+    simulation, original = simulated(graph, state).module.to(device), graph.module.to(device)
     outputs: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode():
         for chunk in images.split(batch):
             x = chunk.to(device)
-            outputs.append((graph.module.to(device)(x).cpu(), simulation(x).cpu()))
-    floats, quantized = (torch.cat(part) for part in zip(*outputs, strict=True))
-    return affine.sqnr_db(floats, quantized)
+            outputs.append((original(x).double().cpu(), simulation(x).double().cpu()))
+    exact, rounded = (torch.cat(part) for part in zip(*outputs, strict=True))
+    if exact.dim() < 2 or exact.shape[1] < 2:
+        return float((exact - rounded).square().sum() / exact.square().sum().clamp_min(1e-30))
+    wanted, found = exact.log_softmax(1), rounded.log_softmax(1)
+    return float((wanted.exp() * (wanted - found)).sum(1).mean())
 
 
-def _split(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images to fit on and up to 64 to judge by; a single image serves for both."""
+def _judges(images: Tensor) -> tuple[int, Tensor]:
+    """Return how many images to fit on, and up to 64 others; a single image serves for both."""
     if len(images) < 2:
-        return images, images
-    judge = min(len(images) // 2, JUDGE_IMAGES)
-    return images[:-judge], images[-judge:]
+        return len(images), images
+    judges = min(len(images) // 2, JUDGE_IMAGES)
+    return len(images) - judges, images[-judges:]
+
+
+def _spread(images: Tensor) -> Tensor:
+    """Return about 64 images from all over a set: its parts are made in different ways."""
+    return images[:: max(1, len(images) // JUDGE_IMAGES)]
+
+
+def blend_biases(
+    empirical: Mapping[str, Tensor], analytic: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the mean of both biases of each layer, and the one there is where only one is."""
+    return {
+        name: (bias + analytic[name]) / 2 if name in analytic else bias
+        for name, bias in empirical.items()
+    }
+
+
+def restandardize(graph: Graph, unfolded: Graph, state: QuantState) -> QuantState:
+    """Return the state with weight scales that give every output channel its float variance.
+
+    The variance over inputs that are independent, with variances from batch-norm statistics:
+    sum of W^2 var. Rounding changes it, at two and three bits by tens of percent. Factors stay
+    within a half and two; layers without statistics or without scales per channel stay as they are.
+    """
+    moments = folded_moments(unfolded, graph)
+    weights = dict(state.weights)
+    for layer in state.plan.layers.values():
+        if layer.weight is None or layer.weight.axis is None or layer.name not in moments:
+            continue
+        folded = graph.module.get_submodule(layer.name)
+        if not isinstance(folded, (nn.Conv2d, nn.Linear)):
+            continue
+        exact = folded.weight.detach().cpu().double()
+        rounded = exact + weight_error(folded, layer, weights[layer.name])
+        var = moments[layer.name].var
+        wanted, found = (_mean_output(folded, w.square(), var) for w in (exact, rounded))
+        factor = (wanted / found.clamp_min(1e-30)).sqrt().clamp(0.5, 2.0)
+        factor = torch.where((wanted > 0) & (found > 0), factor, 1.0).float()
+        old = weights[layer.name]
+        weights[layer.name] = dataclasses.replace(old, scale=old.scale * factor)
+    return dataclasses.replace(state, weights=weights)
 
 
 def _corrected(
@@ -172,122 +252,3 @@ def _float_bias(module: nn.Module, bias: Tensor | None, channels: int) -> Tensor
         return bias
     own = module.bias
     return own.detach().cpu().float() if isinstance(own, Tensor) else torch.zeros(channels)
-
-
-def empirical_biases(
-    graph: Graph,
-    state: QuantState,
-    images: Tensor,
-    *,
-    batch: int,
-    device: torch.device,
-    progress: Progress = silent,
-) -> dict[str, Tensor]:
-    """Return biases that give every output channel of the simulation its float mean.
-
-    Layers are corrected in graph order, each on inputs that already carry the corrections of
-    the layers before it; only live activations of the images (n, c, h, w) are held.
-    """
-    chunks = [c.to(device) for c in images.split(batch)]
-    names = {p.node: p for p in state.plan.layers.values() if p.weight is not None}
-    graph.module.to(device)
-    floats = _MeanCollector(graph.module, names)
-    with torch.inference_mode():
-        for chunk in chunks:
-            floats.run(chunk)
-        quantized = simulated(graph, state, integer=False)
-        walker = _Corrector(quantized.module.to(device), names, state, floats.means(), progress)
-        walker.run(chunks)
-    return walker.biases
-
-
-def channel_mean(value: Tensor, layer: LayerPlan) -> Tensor:
-    """Return the mean of a layer's output per channel, float64 (channels,)."""
-    if layer.op == "Linear":
-        return value.flatten(0, -2).mean(0).double()
-    return value.mean((0, 2, 3)).double()
-
-
-class _MeanCollector(fx.Interpreter):
-    """Accumulates the per-channel mean output of every planned layer of the float graph."""
-
-    def __init__(self, module: fx.GraphModule, layers: Mapping[str, LayerPlan]) -> None:
-        super().__init__(module)
-        self.layers = layers
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.layers:
-            mean = channel_mean(value, self.layers[n.name]) * len(value)
-            self.sums[n.name] = self.sums.get(n.name, 0) + mean
-            self.counts[n.name] = self.counts.get(n.name, 0) + len(value)
-        return value
-
-    def means(self) -> dict[str, Tensor]:
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
-
-
-class _Corrector(fx.Interpreter):
-    """Runs the simulation node by node over all chunks, correcting each layer as it is reached.
-
-    Every value is a list with one tensor per chunk.
-    """
-
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        layers: Mapping[str, LayerPlan],
-        state: QuantState,
-        means: Mapping[str, Tensor],
-        progress: Progress,
-    ) -> None:
-        super().__init__(module)
-        self.layers, self.state, self.means, self.progress = layers, state, means, progress
-        self.biases: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "placeholder":
-            return self.args_iter.__next__()
-        if n.op in ("get_attr",):
-            return super().run_node(n)
-        chunks = max((len(v) for v in self._lists(n)), default=0)
-        if n.op == "output":
-            return None
-        if chunks == 0:
-            return super().run_node(n)
-        values = [self._run_chunk(n, i) for i in range(chunks)]
-        if n.name in self.layers:
-            values = self._correct(self.layers[n.name], values)
-        return values
-
-    def _lists(self, node: fx.Node) -> list[list[Any]]:
-        values = [self.env[a] for a in node.all_input_nodes]
-        return [v for v in values if isinstance(v, list)]
-
-    def _run_chunk(self, node: fx.Node, index: int) -> Any:
-        def pick(arg: fx.Node) -> Any:
-            value = self.env[arg]
-            return value[index] if isinstance(value, list) else value
-
-        args = fx.node.map_arg(node.args, pick)
-        kwargs = fx.node.map_arg(node.kwargs, pick)
-        return getattr(self, node.op)(node.target, args, kwargs)
-
-    def _correct(self, layer: LayerPlan, values: list[Any]) -> list[Any]:
-        """Shift the layer's bias so that its mean output is the float one; apply it at once."""
-        total = sum(len(v) for v in values)
-        mean = sum(channel_mean(v, layer) * len(v) for v in values) / total
-        module = self.fetch_attr(layer.name)
-        shift = (mean - self.means[layer.node]).cpu().float()
-        # The mean was measured with the snapped bias: that is the one to shift.
-        old = module.bias.detach().cpu() if module.bias is not None else torch.zeros_like(shift)
-        bias = old - shift
-        self.biases[layer.name] = bias
-        weight = self.state.weights[layer.name]
-        delta = (snapped_bias(bias, layer, weight, self.state.acts) - old).to(values[0].device)
-        if layer.op != "Linear":
-            delta = delta.view(1, -1, 1, 1)
-        self.progress(len(self.biases), len(self.layers), "bias correction")
-        return [v + delta for v in values]

@@ -22,21 +22,33 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import fx, nn
 
-from dfqc.compiler._aten import argument, op_name, pair
-from dfqc.compiler.graph import LAYER_TYPES, Graph, Norm, batch_norms, copy_graph, node_shapes
+from dfqc.compiler._aten import argument, pair
+from dfqc.compiler.graph import Graph, Norm, batch_norms, copy_graph, node_shapes
+from dfqc.compiler.passes._layers import (
+    Layer,
+    as_layer,
+    assign,
+    bias_or_zero,
+    count_calls,
+    norm_affine,
+    readers,
+    scale_outputs,
+    sees_no_border,
+    spread_inputs,
+    sum_shift,
+)
 
 log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-Layer: TypeAlias = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 def fold(graph: Graph) -> Graph:
     """Return a copy with every batch norm folded that can be; the others stay, in eval mode."""
     graph = copy_graph(graph)
-    calls = _count_calls(graph)
+    calls = count_calls(graph)
     shapes = node_shapes(graph, batch=2)
     folded = left = pads = 0
     for node in list(graph.module.graph.nodes):
@@ -57,23 +69,25 @@ def fold(graph: Graph) -> Graph:
 
 def _fold_into_producer(graph: Graph, norm: Norm, calls: Counter[str], shapes: Shapes) -> bool:
     """Case 1: the batch norm alone reads a layer that runs once."""
-    scale, shift = _affine(norm.module)
+    scale, shift = norm_affine(norm.module)
     features = cast(fx.Node, norm.node.args[0])  # another one once the norm before was folded
     source = _skip_neutral(features, scale, shapes)
-    layer = _as_layer(graph, source, calls)
-    if layer is None or len(_readers(source)) != 1:
+    layer = as_layer(graph, source, calls)
+    if layer is None or len(readers(source)) != 1:
         return False
     if not _shares_channels(layer, features, shapes):
         return False
     weight = layer.weight.double()
-    _assign(layer, _scale_outputs(layer, weight, scale), _bias(layer, len(scale)) * scale + shift)
+    assign(
+        layer, scale_outputs(layer, weight, scale), bias_or_zero(layer, len(scale)) * scale + shift
+    )
     _remove(graph, norm.node)
     return True
 
 
 def _skip_neutral(node: fx.Node, scale: torch.Tensor, shapes: Shapes) -> fx.Node:
     """Walk up through operators that give the same before and after scaling each channel."""
-    while len(_readers(node)) == 1 and node.op == "call_function":
+    while len(readers(node)) == 1 and node.op == "call_function":
         source = node.args[0]
         if node.target == aten.max_pool2d.default:
             same = bool((scale >= 0).all())
@@ -102,21 +116,21 @@ def _shares_channels(layer: Layer, features: fx.Node, shapes: Shapes) -> bool:
 
 def _fold_into_consumers(graph: Graph, norm: Norm, calls: Counter[str], shapes: Shapes) -> bool:
     """Case 2: only layers read the batch norm, each runs once, and none pads a shifted zero."""
-    scale, shift = _affine(norm.module)
+    scale, shift = norm_affine(norm.module)
     shifted = bool(shift.any())
     layers: list[Layer] = []
-    for user in _readers(norm.node):
-        layer = _as_layer(graph, user, calls)
-        if layer is None or (shifted and not _sees_no_border(layer)):
+    for user in readers(norm.node):
+        layer = as_layer(graph, user, calls)
+        if layer is None or (shifted and not sees_no_border(layer)):
             return False
         if not _shares_channels(layer, norm.node, shapes):
             return False
         layers.append(layer)
     for layer in layers:
         weight = layer.weight.double()
-        per_input = _spread_inputs(layer, scale)
-        extra = _sum_shift(layer, weight, shift)
-        _assign(layer, weight * per_input, _bias(layer, len(extra)) + extra)
+        per_input = spread_inputs(layer, scale)
+        extra = sum_shift(layer, weight, shift)
+        assign(layer, weight * per_input, bias_or_zero(layer, len(extra)) + extra)
     _remove(graph, norm.node)
     return bool(layers)
 
@@ -127,7 +141,7 @@ def _fold_padding(graph: Graph, node: fx.Node, calls: Counter[str]) -> bool:
     if widths is None:
         return False
     left, right, top, bottom = widths
-    layers = [_as_layer(graph, user, calls) for user in node.users]
+    layers = [as_layer(graph, user, calls) for user in node.users]
     if left != right or top != bottom or min(widths) < 0:
         return False
     if not all(isinstance(c, nn.Conv2d) and c.padding_mode == "zeros" for c in layers):
@@ -150,82 +164,6 @@ def _zero_padding(node: fx.Node) -> list[int] | None:
     if len(fixed) != len(cast("list[Any]", widths)) or len(fixed) not in (2, 4):
         return None
     return fixed + [0] * (4 - len(fixed))
-
-
-def _as_layer(graph: Graph, node: fx.Node, calls: Counter[str]) -> Layer | None:
-    """Return the layer module of a node if it is one and is called only here."""
-    if node.op != "call_module" or calls[str(node.target)] != 1:
-        return None
-    module = graph.module.get_submodule(str(node.target))
-    return module if isinstance(module, LAYER_TYPES) else None
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """List the users that read the values of a node, not only its shape."""
-    return [user for user in node.users if not op_name(user).startswith("sym_")]
-
-
-def _count_calls(graph: Graph) -> Counter[str]:
-    nodes = graph.module.graph.nodes
-    return Counter(str(n.target) for n in nodes if n.op == "call_module")
-
-
-def _affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the batch norm in eval mode as scale and shift per channel, in double precision."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return scale, shift
-
-
-def _scale_outputs(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    if not isinstance(layer, nn.ConvTranspose2d):
-        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, in, out, kh, kw)
-    return (grouped * scale.reshape(layer.groups, 1, -1, 1, 1)).flatten(0, 1)
-
-
-def _spread_inputs(layer: Layer, values: torch.Tensor) -> torch.Tensor:
-    """Shape one value per input channel so that it broadcasts against the layer's weight."""
-    if isinstance(layer, nn.Linear):
-        return values.reshape(1, -1)
-    if isinstance(layer, nn.ConvTranspose2d):
-        return values.reshape(-1, 1, 1, 1)
-    per_group = values.reshape(layer.groups, 1, -1, 1, 1)
-    repeated = per_group.expand(-1, layer.out_channels // layer.groups, -1, -1, -1)
-    return repeated.flatten(0, 1)
-
-
-def _sum_shift(layer: Layer, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Return what a constant input `shift` adds to each output channel."""
-    if isinstance(layer, nn.ConvTranspose2d):
-        return torch.zeros(layer.out_channels, dtype=torch.double)  # only folded without shift
-    return (weight * _spread_inputs(layer, shift)).flatten(1).sum(1)
-
-
-def _sees_no_border(layer: Layer) -> bool:
-    """Report whether every output of the layer sums over all taps of the kernel."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.padding_mode == "zeros" and not any(cast("tuple[int, int]", layer.padding))
-    return isinstance(layer, nn.Linear)
-
-
-def _bias(layer: Layer, channels: int) -> torch.Tensor:
-    if layer.bias is None:
-        return torch.zeros(channels, dtype=torch.double, device=layer.weight.device)
-    bias: torch.Tensor = layer.bias
-    return bias.detach().double()
-
-
-def _assign(layer: Layer, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    dtype = layer.weight.dtype
-    layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
-    layer.bias = nn.Parameter(bias.to(dtype).contiguous(), requires_grad=False)
 
 
 def _remove(graph: Graph, node: fx.Node) -> None:

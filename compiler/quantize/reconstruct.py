@@ -169,9 +169,12 @@ def _ready(
             device=device,
             supplies=supplies,
         )
-        method = bias.Options.model_validate({"method": "empirical"})
-        unfolded = supplies.unfolded or graph
-        states[name] = bias.correct(graph, unfolded, state, calib, method, device=device)
+        states[name] = bias.correct(
+            *(graph, supplies.unfolded or graph, state, calib),
+            bias.Options.model_validate({"method": "auto" if supplies.unfolded else "empirical"}),
+            device=device,
+            held_out=supplies.held_out,
+        )
     return states
 
 
