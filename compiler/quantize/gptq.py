@@ -59,7 +59,7 @@ class Options(rtn.Options):
 
     hessian: Literal["images", "bn"] = "images"
     images: int = Field(256, ge=1, description="images of the calibration set to measure on")
-    patches: int = Field(1 << 15, ge=1, description="input patches per layer to measure on")
+    patches: int = Field(1 << 13, ge=1, description="input patches per layer to measure on")
     damping: float = Field(0.01, ge=0, description="parts of the Hessian's mean diagonal")
     block_size: int = Field(128, ge=1)
     order: Order = "diagonal"
