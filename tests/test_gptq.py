@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,7 +10,6 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import copy_graph
 from dfqc.compiler.quantize import gptq, rtn
 from dfqc.compiler.quantize._hessian import measure_moments
-from dfqc.compiler.quantize._walk import Walk
 from dfqc.compiler.simulate import simulated
 
 CPU = torch.device("cpu")
@@ -198,35 +196,6 @@ def test_progress_counts_the_layers():
     assert [s for s in seen if s[2] == "rounding"] == [
         (i + 1, count, "rounding") for i in range(count)
     ]
-
-
-@pytest.mark.parametrize("paired", [False, True])
-def test_a_walk_shows_both_networks_inputs(paired):
-    graph = quantized.folded("residual")
-    plan = quantized.plan(graph, "w4a4")
-    state = quantized.quantize(graph, plan)
-    images = quantized.calib(6).images
-    shown = {}
-
-    def decide(layer, module, quantized_inputs, floats):
-        shown[layer.name] = torch.cat(quantized_inputs), floats and torch.cat(floats)
-        return module.weight.detach() * 1, module.bias
-
-    walk = Walk(graph, plan, state.acts, paired=paired, device=CPU)
-    walk.run(images, decide, batch=4, deadline=None)
-    assert list(shown) == list(plan.layers)
-    conv1 = graph.module.get_submodule("conv1")
-    with torch.inference_mode():
-        first = torch.relu(conv1(images))
-    quantized_input, float_input = shown["layer1.conv1"]
-    if paired:
-        np.testing.assert_allclose(float_input, first, atol=1e-5)
-    else:
-        assert float_input is None
-    grid = state.acts[plan.layers["layer1.conv1"].input]
-    codes = quantized_input / grid.scale
-    np.testing.assert_allclose(codes, codes.round(), atol=1e-3)
-    assert len(codes.round().unique()) <= 16
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Options(rtn.Options):
 
     hessian: Literal["images", "bn"] = "images"
     images: int = Field(256, ge=1, description="images of the calibration set to measure on")
-    patches: int = Field(1 << 15, ge=1, description="input patches per layer to measure on")
+    patches: int = Field(1 << 13, ge=1, description="input patches per layer to measure on")
     damping: float = Field(0.01, ge=0, description="parts of the Hessian's mean diagonal")
     block_size: int = Field(128, ge=1)
     order: Order = "diagonal"
@@ -254,21 +254,23 @@ def round_weight(
     target = rows
     if moments.cross is not None:
         target = shift_target(rows, factor, moments.cross, moments.quantized)
-    best = affine.round_to_grid(target, grid, 0).codes
-    scale = grid.scale
+    best, chosen = affine.round_to_grid(target, grid, 0).codes, grid
     error = output_errors(target, best, factor.hessian, grid)
-    for _ in range(options.refits + 1):
-        codes = round_factored(target, factor, grid, block=options.block_size)
-        found = output_errors(target, codes, factor.hessian, grid)
+
+    def keep_better(codes: Tensor, trial: WeightGrid) -> None:
+        nonlocal best, chosen, error
+        found = output_errors(target, codes, factor.hessian, trial)
         better = found < error
         best = torch.where(better[:, None], codes, best)
-        scale = torch.where(better, grid.scale, scale)
+        chosen = dataclasses.replace(grid, scale=torch.where(better, trial.scale, chosen.scale))
         error = torch.where(better, found, error)
-        grid = dataclasses.replace(grid, scale=scale)
-        grid = refit_scales(target, best, factor.hessian, grid, least)
-    refitted = output_errors(target, best, factor.hessian, grid)
-    chosen = torch.where((refitted < error) & (options.refits > 0), grid.scale, scale)
-    return best, dataclasses.replace(grid, scale=chosen)
+
+    keep_better(round_factored(target, factor, grid, block=options.block_size), grid)
+    for _ in range(options.refits):
+        trial = refit_scales(target, best, factor.hessian, chosen, least)
+        keep_better(best, trial)
+        keep_better(round_factored(target, factor, trial, block=options.block_size), trial)
+    return best, chosen
 
 
 def _mean_error(weight: Tensor, rounded: Tensor, moments: SecondMoments) -> Tensor:
