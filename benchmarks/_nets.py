@@ -27,6 +27,7 @@ class Net:
     real: Path  # images for the calibration with real data
     in_sample: bool  # `real` is a part of `test`: an upper bound, not a fair result
     weight_bytes: int
+    real_count: int  # images in `real`
 
 
 def assets() -> Path:
@@ -89,7 +90,9 @@ def _net(folder: Path, name: str) -> Net:
     weights = (home / "weights.pt").stat().st_size
     if info["dataset"] == "imagenet":
         images = folder / "data" / "imagenet" / "sample1000"
-        return Net(name, flags, images, images, in_sample=True, weight_bytes=weights)
+        return Net(
+            name, flags, images, images, in_sample=True, weight_bytes=weights, real_count=1000
+        )
     data = folder / "data" / info["dataset"]
     test, train = (data / f"{info['dataset']}_{split}.npz" for split in ("test", "train"))
-    return Net(name, flags, test, train, in_sample=False, weight_bytes=weights)
+    return Net(name, flags, test, train, in_sample=False, weight_bytes=weights, real_count=5000)

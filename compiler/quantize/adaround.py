@@ -23,6 +23,7 @@ class Options(reconstruct.Options):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: Literal["block", "layer"] = "layer"
+    rounding: Literal["soft", "flex"] = "soft"
     skip_wide: bool = False
     start: Literal["closed", "nearest"] = "nearest"
     iterations: int = Field(10_000, ge=1, description="per layer")

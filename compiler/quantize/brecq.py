@@ -23,6 +23,7 @@ class Options(reconstruct.Options):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    rounding: Literal["soft", "flex"] = "soft"
     skip_wide: bool = False
     start: Literal["closed", "nearest"] = "nearest"
     order: Literal["joint", "weights-first"] = "weights-first"

@@ -22,6 +22,7 @@ class Options(reconstruct.Options):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    rounding: Literal["soft", "flex"] = "soft"
     skip_wide: bool = False
     start: Literal["closed", "nearest"] = "nearest"
     iterations: int = Field(20_000, ge=1, description="per block")

@@ -40,6 +40,12 @@ class Options(TrainOptions):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # As the inherited loop, but for these. Measured on CIFAR-10 ResNet-20 at W2A4 and W4A4.
+    rounding: Literal["soft", "flex"] = "flex"
+    lr_rounding: float = Field(1e-2, ge=0)
+    lr_weight_scale: float = Field(3e-4, ge=0)
+    lr_act_scale: float = Field(4e-4, ge=0)
+    lr_bias: float = Field(1e-3, ge=0)
     unit: UnitKind = "block"
     merge: int = Field(1, ge=1, description="neighboring blocks per unit (MRECG)")
     start: Literal["closed", "nearest"] = Field("closed", description="rounding to begin with")
@@ -62,9 +68,9 @@ class Options(TrainOptions):
 
 
 PRESETS: dict[str, dict[str, object]] = {
-    "quick": {},
-    "standard": {"iterations": 1500},
-    "max": {"iterations": 20000},
+    "quick": {"iterations": 250},
+    "standard": {"iterations": 1000},
+    "max": {"iterations": 20_000},
 }
 _JUDGE_SHARE = 4  # without held-out images, every fourth calibration image judges
 
