@@ -249,6 +249,14 @@ class QuantizerPlugin(Protocol):
 
     Options: type[Any]
 
+    def count_passes(self, options: Any, samples: int) -> float:
+        """Return the images that go through the network in all, a backward pass counted as two."""
+        ...
+
+    def count_bytes(self, options: Any, graph: Graph, samples: int) -> int:
+        """Return what is kept beside the model, the images and one batch's activations."""
+        ...
+
     def quantize(
         self,
         graph: Graph,

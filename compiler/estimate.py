@@ -24,6 +24,7 @@ _BASE_BYTES = 450 << 20  # the interpreter with torch, ONNX and a runtime loaded
 _BACKWARD = 3.0  # forward and backward pass, in forward passes
 _KEPT = 1.3  # bytes that a backward pass keeps, in bytes of all outputs of a forward pass
 _PROBE_IMAGES = 8
+_QUANTIZER_BATCH = 64  # images per pass without gradients
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def estimate(
         Estimate("synthesize", recipe.samples * passes * image, kept * size + own + 2 * pixels),
         Estimate("holdout", half * matched * image, kept * half),
         *_allocation(recipe, facts, image),
-        Estimate("quantize", 3 * recipe.samples * image, size * activations + pixels),
+        _quantization(recipe, graph, image, pixels + activations),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
         Estimate("lower", 2.0 + weights / 50e6, 6 * weights),
@@ -80,6 +81,15 @@ def estimate(
         Estimate("bench", 2.0 + 220 * recipe.batch * image, recipe.batch * activations),
     ]
     return [Estimate(r.stage, r.seconds, _BASE_BYTES + 2 * weights + r.peak_bytes) for r in rows]
+
+
+def _quantization(recipe: Recipe, graph: Graph, image: float, least: int) -> Estimate:
+    """Return what the quantizer says of itself: passes of the network, and caches."""
+    plugin = plugins.load("quantizer", recipe.quantizer)
+    options = plugin_options(plugin, recipe.quantizer, recipe.effort, recipe.quantizer_option)
+    seconds = plugin.count_passes(options, recipe.samples) * image
+    batch = _QUANTIZER_BATCH * least
+    return Estimate("quantize", seconds, batch + plugin.count_bytes(options, graph, recipe.samples))
 
 
 def _allocation(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[Estimate]:

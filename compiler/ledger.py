@@ -63,7 +63,7 @@ def describe_quantization(build: Build) -> dict[str, Any]:
     return {
         "quantizer": about["quantizer"],
         "kept": about.get("kept"),
-        "heldout_error": about.get("heldout_error"),
+        "heldout_distance": about.get("heldout_distance"),
         "shortened": about.get("shortened", False),
         "bias_correction": about.get("bias_correction"),
         "units": about.get("units", []),

@@ -121,7 +121,7 @@ STAGES: tuple[Stage, ...] = (
         stages.quantize,
         storage.save_state,
         storage.load_state,
-        options=depend.pick("quantizer", "quantizer-option", "effort", "budget"),
+        options=depend.pick("quantizer", "quantizer-option", "effort", "budget", "memory"),
         environment=depend.compute,
         code=depend.quantizer,
         seeded=True,

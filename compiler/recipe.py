@@ -84,7 +84,7 @@ class Recipe(BaseModel):
     samples: int = Field(SAMPLES["standard"], ge=1)
 
     equalize: Literal["none", "cle", "dfq"] = "none"
-    quantizer: str = "rtn"
+    quantizer: str = "reconstruct"
     quantizer_option: Mapping[str, Any] = {}
     bias_correction: Literal["auto", "blend", "empirical", "analytic", "none"] = "auto"
 

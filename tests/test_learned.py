@@ -26,7 +26,7 @@ def test_training_and_inference_round_alike(qparams, scheme):
 @pytest.mark.parametrize(("qparams", "scheme"), GRIDS)
 def test_gradients_are_lsq(qparams, scheme):
     grid = LearnedGrid(qparams, scheme, CPU)
-    grid.scale.requires_grad_(True)
+    grid.ratio.requires_grad_(True)
     x = torch.randn(400, requires_grad=True)
     up = torch.randn(400)
     (grid(x) * up).sum().backward()
@@ -38,13 +38,13 @@ def test_gradients_are_lsq(qparams, scheme):
     slope = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
     torch.testing.assert_close(x.grad, up * inside)
     torch.testing.assert_close(
-        grid.scale.grad.double(), (up.double() * slope).sum(), rtol=1e-4, atol=1e-4
+        grid.ratio.grad.double(), (up.double() * slope).sum(), rtol=1e-4, atol=1e-4
     )
 
 
 def test_dropped_elements_pass_as_they_are():
     grid = LearnedGrid(*GRIDS[0], CPU)
-    grid.scale.requires_grad_(True)
+    grid.ratio.requires_grad_(True)
     grid.masks = DropMasks(0.5, torch.Generator().manual_seed(0))
     x = torch.randn(64, 50, requires_grad=True)
     with torch.no_grad():
@@ -79,10 +79,10 @@ def test_a_grid_that_is_off_lets_everything_through():
     assert torch.equal(grid(x), x)
 
 
-def test_a_scale_is_kept_positive_and_comes_back_out():
-    grid = LearnedGrid(*GRIDS[1], CPU)
-    with torch.no_grad():
-        grid.scale.mul_(-2)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_scale_is_kept_positive_and_comes_back_out(relative):
+    grid = LearnedGrid(*GRIDS[1], CPU, relative=relative)
+    grid.ratio.detach().mul_(-2)
     grid.hold_scale()
     assert grid.qparams() == QParams(pytest.approx(0.1), 6)
     grid.set(QParams(0.25, 3))

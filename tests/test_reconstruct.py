@@ -35,6 +35,15 @@ def error(net, state):
     return float((((found - wanted) ** 2).sum(1) / (wanted**2).sum(1)).mean())
 
 
+def distance(net, state):
+    """Mean KL of the softmax in float64: what the network's outputs are compared by."""
+    graph = quantized.folded(net)
+    with torch.no_grad():
+        wanted = graph.module(HELD_OUT).double().log_softmax(1)
+        found = simulated(graph, state, integer=False).module(HELD_OUT).double().log_softmax(1)
+    return float((wanted.exp() * (wanted - found)).sum(1).mean())
+
+
 def same(first, second):
     return (
         first.acts == second.acts
@@ -50,8 +59,6 @@ def test_learning_beats_rounding_to_nearest(rounding, start):
     state = run(rounding=rounding, start=start, iterations=150, keep_best=False)
     nearest = quantized.quantize(quantized.folded("residual"), state.plan)
     assert error("residual", state) < 0.7 * error("residual", nearest)
-    assert all(row["notes"]["loss"] < row["notes"]["first_loss"] or row["notes"]["iterations"] == 0
-               for row in state.info["units"] if "skipped" not in row["notes"])  # fmt: skip
 
 
 @pytest.mark.parametrize("net", ["plain", "residual", "depthwise", "concat", "squeeze_excite"])
@@ -59,17 +66,18 @@ def test_what_is_kept_is_the_best_per_unit_and_in_the_end(net):
     state = run(net)
     for row in state.info["units"]:
         assert row["errors"][row["winner"]] == min(row["errors"].values())
-        assert set(row["errors"]) == {"nearest", "closed", "learned"}
-    scores = state.info["heldout_error"]
+        learned = set() if "skipped" in row["notes"] else {"steps", "learned"}
+        assert set(row["errors"]) == {"nearest", "closed"} | learned
+    scores = state.info["heldout_distance"]
     assert state.info["kept"] == min(scores, key=scores.get)
-    assert error(net, state) == pytest.approx(min(scores.values()), rel=1e-4)
+    assert distance(net, state) == pytest.approx(min(scores.values()), rel=1e-4)
 
 
 def test_a_bad_method_never_ships_a_worse_model():
     state = run(lr_rounding=5.0, lr_act_scale=1.0, lr_bias=1.0, iterations=4)
-    assert all(row["winner"] != "learned" for row in state.info["units"])
-    scores = state.info["heldout_error"]
-    assert error("residual", state) == pytest.approx(min(scores.values()), rel=1e-4)
+    assert all(row["winner"] in ("nearest", "closed") for row in state.info["units"])
+    scores = state.info["heldout_distance"]
+    assert distance("residual", state) == pytest.approx(min(scores.values()), rel=1e-4)
 
 
 def test_equal_seeds_give_equal_results_and_others_do_not():
@@ -114,16 +122,20 @@ def test_a_killed_run_goes_on_behind_its_last_unit(tmp_path, order):
 
 
 def test_caches_on_disk_and_recomputed_give_the_same():
-    plain = run()
+    # Not from the closed form: with less memory, that sees fewer images.
+    plain = run(start="nearest")
     assert plain.info["spilled_bytes"] == 0
     tight = QuantizerSupplies(
         unfolded=quantized.traced("residual"), held_out=HELD_OUT, memory_bytes=1
     )
-    spilled = run(supplies=tight)
+    spilled = run(start="nearest", supplies=tight)
     assert spilled.info["spilled_bytes"] > 0
     assert same(plain, spilled)
-    assert same(plain, run(cache="recompute"))
-    assert error("residual", run(cache="float16")) < 1.5 * error("residual", plain) + 1e-3
+    assert same(plain, run(start="nearest", cache="recompute"))
+    assert (
+        error("residual", run(start="nearest", cache="float16"))
+        < 1.5 * error("residual", plain) + 1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +166,7 @@ def test_every_variant_learns(net, options):
 def test_units_of_eight_bits_are_left_alone():
     state = run(bits="w4a4")
     notes = {row["unit"]: row["notes"] for row in state.info["units"]}
-    assert [n for n, note in notes.items() if "skipped" in note] == ["conv1", "head.fc"]
+    assert [n for n, note in notes.items() if "skipped" in note] == ["head.fc"]
     everything = run(bits="w8a8")
     assert all("skipped" in row["notes"] for row in everything.info["units"])
 
@@ -173,12 +185,13 @@ def test_little_time_shortens_the_work_and_says_so():
     )
     state = run(supplies=supplies, iterations=100_000)
     assert state.info["shortened"]
-    assert all(row["notes"].get("iterations", 0) < 100_000 for row in state.info["units"])
+    phases = [p for row in state.info["units"] for p in row["notes"].values()]
+    assert all(p["iterations"] < 40_000 for p in phases if isinstance(p, dict))
 
 
 def test_without_held_out_images_a_part_of_the_set_judges():
     supplies = QuantizerSupplies(unfolded=quantized.traced("residual"))
-    assert "heldout_error" in run(supplies=supplies).info
+    assert "heldout_distance" in run(supplies=supplies).info
 
 
 @pytest.mark.parametrize(
@@ -212,3 +225,5 @@ def test_max_is_as_published(name):
     for field, value in PUBLISHED[name].items():
         assert getattr(options, field) == value
     assert (options.start, options.batch_size, options.lr_bias) == ("nearest", 32, 0.0)
+    assert (options.rounding, options.step_share, options.least_layers) == ("soft", 0.0, 1)
+    assert not options.relative

@@ -6,18 +6,19 @@ from torch.nn import functional as F
 
 from dfqc.compiler.contracts import WeightGrid
 from dfqc.compiler.quantize._ranges import weight_grid
-from dfqc.compiler.quantize._rounding import FlexRounding, SoftRounding
+from dfqc.compiler.quantize._rounding import FlexRounding, SoftRounding, Units
 from dfqc.compiler.spec import QScheme
 
 KINDS = [SoftRounding, FlexRounding]
 SCHEMES = [QScheme(4, True, True, 0), QScheme(2, True, False, 0)]
 
 
-def make(kind, scheme, *, start=None, seed=0, layer=None, least=None):
+def make(kind, scheme, *, start=None, seed=0, layer=None, least=None, relative=False):
     torch.manual_seed(seed)
     layer = layer or nn.Conv2d(4, 6, 3, padding=1)
     grid = weight_grid(layer.weight, scheme, "mse")
-    return kind(layer, grid, least, start), grid
+    units = Units(grid.scale, torch.full_like(grid.scale, 0.3)) if relative else None
+    return kind(layer, grid, least, start, units), grid
 
 
 def nearest(weight, grid):
@@ -34,6 +35,16 @@ def test_untrained_it_rounds_to_nearest(kind, scheme):
     found = learned.quantized()
     np.testing.assert_array_equal(found.codes.numpy(), nearest(learned.layer.weight, grid))
     torch.testing.assert_close(found.scale, grid.scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_parts_of_their_size_begin_at_the_same_layer(kind, scheme):
+    plain, parts = (make(kind, scheme, relative=relative)[0] for relative in (False, True))
+    assert torch.equal(plain.scale, parts.scale)
+    assert (parts.scale_ratio == 1).all()
+    torch.testing.assert_close(plain.bias, parts.bias)
+    assert torch.equal(plain.quantized().codes, parts.quantized().codes)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -57,9 +68,7 @@ def test_it_begins_at_the_given_codes(kind, scheme):
     codes = nearest(plain.layer.weight, grid) + rng.integers(-1, 2, plain.layer.weight.shape)
     codes = torch.from_numpy(np.clip(codes, low, low + grid.levels - 1)).to(torch.int8)
     learned, _ = make(kind, scheme, start=codes)
-    same = (learned.quantized().codes == codes).double().mean()
-    # A divisor cannot turn a weight's sign: FlexRound rounds such weights to zero or stays.
-    assert same == 1.0 if kind is SoftRounding else same > 0.8
+    assert torch.equal(learned.quantized().codes, codes)
 
 
 def test_the_rounding_loss_is_zero_on_codes_and_one_between():
@@ -73,7 +82,7 @@ def test_the_rounding_loss_is_zero_on_codes_and_one_between():
 def test_gradients_are_those_of_the_formula():
     learned, grid = make(SoftRounding, SCHEMES[0])
     learned.soft = True
-    learned.scale.requires_grad_(True)
+    learned.scale_ratio.requires_grad_(True)
     x = torch.randn(2, 4, 5, 5)
     learned(x).square().sum().backward()
 
@@ -88,19 +97,19 @@ def test_gradients_are_those_of_the_formula():
     loss(position, scale).backward()
     torch.testing.assert_close(learned.position.grad.double(), position.grad, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(
-        learned.scale.grad.flatten().double(), scale.grad, rtol=1e-3, atol=1e-2
+        learned.scale_ratio.grad.flatten().double(), scale.grad, rtol=1e-3, atol=1e-2
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scales_stay_above_what_the_bias_needs(kind):
+@pytest.mark.parametrize("relative", [False, True])
+def test_scales_stay_above_what_the_bias_needs(kind, relative):
     least = torch.tensor([0.5, 0, 0, 0, 0, 0])
-    learned, _ = make(kind, SCHEMES[0], least=least)
-    with torch.no_grad():
-        learned.scale.mul_(-1.0)
+    learned, _ = make(kind, SCHEMES[0], least=least, relative=relative)
+    learned.scale_ratio.detach().mul_(-1.0)
     learned.hold_scale()
     assert (learned.scale > 0).all()
-    assert float(learned.scale[0]) == 0.5
+    assert learned.scale[0].item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,12 +42,20 @@ class DropMasks:
 
 
 class LearnedGrid(nn.Module):
-    """A per-tensor grid whose scale is learned; the zero point is fixed."""
+    """A per-tensor grid whose scale is learned; the zero point is fixed.
 
-    def __init__(self, qparams: QParams, scheme: QScheme, device: torch.device) -> None:
+    Learned is the ratio to `unit`: 1, or the scale it begins with.
+    """
+
+    def __init__(
+        self, qparams: QParams, scheme: QScheme, device: torch.device, *, relative: bool = False
+    ) -> None:
         super().__init__()
         self.scheme, self.zero_point = scheme, qparams.zero_point
-        self.scale = nn.Parameter(torch.tensor(qparams.scale, device=device), requires_grad=False)
+        self.relative = relative
+        self.unit = qparams.scale if relative else 1.0
+        ratio = torch.tensor(qparams.scale / self.unit, device=device)
+        self.ratio = nn.Parameter(ratio, requires_grad=False)
         self.masks: DropMasks | None = None
         self.enabled = True
 
@@ -63,16 +71,22 @@ class LearnedGrid(nn.Module):
         result: Tensor = _Round.apply(x, self.scale, mask, *ends)  # type: ignore[no-untyped-call]
         return result
 
+    @property
+    def scale(self) -> Tensor:
+        """Return the scale, a tensor of one number."""
+        return self.ratio * self.unit
+
     def hold_scale(self) -> None:
         """Keep the scale positive, after a step of an optimizer."""
         with torch.no_grad():
-            self.scale.copy_(self.scale.abs().clamp_min(affine.SMALLEST_SCALE))
+            self.ratio.copy_(self.ratio.abs().clamp_min(affine.SMALLEST_SCALE))
 
     def set(self, qparams: QParams) -> None:
         """Take a decided grid."""
         self.zero_point = qparams.zero_point
+        self.unit = qparams.scale if self.relative else 1.0
         with torch.no_grad():
-            self.scale.fill_(qparams.scale)
+            self.ratio.fill_(qparams.scale / self.unit)
 
     def qparams(self) -> QParams:
         """Return the grid as it is exported."""

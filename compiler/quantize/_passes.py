@@ -16,24 +16,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dfqc.compiler import machine
-from dfqc.compiler.contracts import Progress, QuantizerSupplies, QuantState
+from dfqc.compiler import affine, machine
+from dfqc.compiler.contracts import Progress, QuantizerSupplies, QuantState, WeightGrid
 from dfqc.compiler.graph import Graph, node_shapes
 from dfqc.compiler.quantize import _output, rtn
 from dfqc.compiler.quantize._caches import Budget, Cache
 from dfqc.compiler.quantize._learned import LearnedGrid
-from dfqc.compiler.quantize._rounding import FlexRounding, LearnedWeight, SoftRounding
+from dfqc.compiler.quantize._rounding import (
+    FlexRounding,
+    Layer,
+    LearnedWeight,
+    SoftRounding,
+    Units,
+)
 from dfqc.compiler.quantize._stream import Stream
 from dfqc.compiler.quantize._train import TrainOptions, UnitData, train_unit
 from dfqc.compiler.quantize._units import Unit, UnitState, list_units, merge_blocks
-from dfqc.compiler.quantize._walker import Decision, Network, Walker
-from dfqc.compiler.spec import MAX_BITS, Plan
+from dfqc.compiler.quantize._walker import LEARNED, Decision, Network, Walker
+from dfqc.compiler.spec import MAX_BITS, LayerPlan, Plan
 
 if TYPE_CHECKING:
     from dfqc.compiler.quantize.reconstruct import Options
 
+STEPS = "steps"  # the candidate whose rounding is that of the start
 _CACHE_SHARE = 0.5  # of the memory that is left; without a limit, of half of the machine's
-_BIAS_MARGIN = 4.0  # by which learned biases and steps may grow before a bias leaves int32
 _SEED_STEP = 10_007  # between the seeds of two passes
 
 
@@ -85,7 +91,7 @@ class Run:
         self, progress: Progress, supplies: QuantizerSupplies, seconds: float | None
     ) -> tuple[QuantState, dict[str, Any]]:
         """Return the reconstructed state, and notes for the manifest."""
-        blocks = merge_blocks(self.graph, self.plan, self.options.merge)
+        blocks = merge_blocks(self.graph, self.plan, self.options.merge, self.options.least_layers)
         units = list_units(self.graph, self.plan, blocks, self.options.unit)
         passes = plan_passes(self.options)
         clock = _Clock.of(self.graph, self.plan, units, passes, seconds)
@@ -94,7 +100,9 @@ class Run:
         states, decisions = dict(self.ready), list[Decision]()
         try:
             for number, one in enumerate(passes):
-                network = Network(self.graph, self._start(states), self.device)
+                network = Network(
+                    self.graph, self._start(states), self.device, self.options.relative
+                )
                 network.quantize_acts(one.acts)
                 trainer = _Trainer(self, one, clock, report, self.seed + _SEED_STEP * number)
                 walker = Walker(
@@ -141,7 +149,12 @@ def _notes(decisions: Sequence[Decision], budget: Budget) -> dict[str, Any]:
         row["errors"] = {k: v for k, v in row["errors"].items() if math.isfinite(v)}
     return {
         "units": rows,
-        "shortened": any(row["notes"].get("shortened") for row in rows),
+        "shortened": any(
+            phase["shortened"]
+            for row in rows
+            for phase in row["notes"].values()
+            if isinstance(phase, dict)
+        ),
         "spilled_bytes": budget.spilled,
     }
 
@@ -158,45 +171,70 @@ class _Trainer:
 
     def __call__(
         self, unit: Unit, network: Network, data: UnitData, acts: Sequence[str], number: int
-    ) -> tuple[UnitState, Mapping[str, Any]]:
-        """Return what was learned, and notes on how."""
+    ) -> tuple[dict[str, UnitState], dict[str, Any]]:
+        """Return what was learned, in steps on the way, and notes on how."""
         run, one = self.run, self.one
         if reason := self._reason_to_skip(unit, network, acts, number):
             self.clock.skip(unit)
             self.report.finish(one.train.iterations)
-            return UnitState.of(network.state, unit.layers, acts), {"skipped": reason}
+            return {}, {"skipped": reason}
         rng = torch.Generator(run.device).manual_seed(self.seed + number)
         layers = [self._learned(name, network) for name in unit.layers] if one.weights else []
         region = network.region(unit.entry, unit.exit)
         grids = self._grids(network, acts) if one.acts else []
         tail = _output.make_tail(run, unit, network, region, data)
-        trained = train_unit(
-            region,
-            layers,
-            grids,
-            dataclasses.replace(data, weighting=tail.weighting),
-            one.train,
-            rng=rng,
-            device=run.device,
-            seconds=self.clock.grant(unit, one.train.iterations),
-            progress=self.report.of(unit.name),
-            penalty=tail.penalty,
-        )
-        self.report.finish(one.train.iterations)
-        state = UnitState.of(network.state, unit.layers, acts)
-        if one.weights:
-            names = dict(zip(unit.layers, layers, strict=True))
-            state = UnitState(
-                {name: layer.quantized() for name, layer in names.items()},
-                {
-                    n: b.detach().cpu().clone()
-                    for n, x in names.items()
-                    if (b := x.bias) is not None
-                },
-                state.acts,
+        rows = dataclasses.replace(data, weighting=tail.weighting)
+        seconds = self.clock.grant(unit, one.train.iterations)
+        states: dict[str, UnitState] = {}
+        notes: dict[str, Any] = {}
+        for phase in self._phases():
+            share = phase.train.iterations / one.train.iterations
+            trained = train_unit(
+                *(region, layers, grids, rows, phase.train),
+                rng=rng,
+                device=run.device,
+                seconds=None if seconds is None else seconds * share,
+                progress=self.report.of(unit.name),
+                penalty=tail.penalty,
             )
+            self.report.finish(phase.train.iterations)
+            states[phase.name] = self._state(unit, network, layers, acts)
+            notes[phase.name] = dataclasses.asdict(trained)
+        return states, notes
+
+    def _phases(self) -> list[Pass]:
+        """Return what is learned one after the other: steps and biases alone, then rounding too."""
+        train, share = self.one.train, self.run.options.step_share
+        first = round(share * train.iterations)
+        if not first or not self.one.weights or first == train.iterations:
+            return [dataclasses.replace(self.one, name=LEARNED)]
+        alone = {"iterations": first, "lr_rounding": 0.0, "round_weight": 0.0}
+        rest = {"iterations": train.iterations - first}
+        return [
+            dataclasses.replace(self.one, name=STEPS, train=train.model_copy(update=alone)),
+            dataclasses.replace(self.one, name=LEARNED, train=train.model_copy(update=rest)),
+        ]
+
+    def _state(
+        self,
+        unit: Unit,
+        network: Network,
+        layers: Sequence[LearnedWeight],
+        acts: Sequence[str],
+    ) -> UnitState:
+        """Return what a unit has learned so far."""
+        self._make_room(unit, network, layers)
         learned = {name: network.grids[name].qparams() for name in acts}
-        return dataclasses.replace(state, acts=learned), dataclasses.asdict(trained)
+        if not self.one.weights:
+            kept = UnitState.of(network.state, unit.layers, acts)
+            return dataclasses.replace(kept, acts=learned)
+        names = dict(zip(unit.layers, layers, strict=True))
+        biases = {n: layer.bias for n, layer in names.items()}
+        return UnitState(
+            {name: layer.quantized() for name, layer in names.items()},
+            {n: b.detach().cpu().clone() for n, b in biases.items() if b is not None},
+            learned,
+        )
 
     def _reason_to_skip(
         self, unit: Unit, network: Network, acts: Sequence[str], number: int
@@ -222,13 +260,36 @@ class _Trainer:
             module.bias = torch.nn.Parameter(bias.to(self.run.device).clone())
         if bias is not None and layer.input is not None:
             scale = network.grids[layer.input].qparams().scale
-            least = _BIAS_MARGIN * rtn.smallest_weight_scale(bias, scale)
+            least = rtn.smallest_weight_scale(bias, scale)
         grid = network.start_grid(name, network.state, options.weights)
         codes = network.state.weights[name].codes.to(self.run.device)
         start = codes if options.start == "closed" else None
-        learned = kind(module, grid, least, start)
+        units = self._units(module, grid, network, layer) if self.one.train.relative else None
+        learned = kind(module, grid, least, start, units)
         network.put(name, learned)
         return learned
+
+    def _make_room(self, unit: Unit, network: Network, layers: Sequence[LearnedWeight]) -> None:
+        """Raise scales where the learned bias would leave the int32 grid of the learned steps."""
+        for name, learned in zip(unit.layers, layers, strict=False):
+            source, bias = network.plan.layers[name].input, learned.bias
+            if source is not None and bias is not None:
+                scale = network.grids[source].qparams().scale
+                least = rtn.smallest_weight_scale(bias.detach(), scale)
+                learned.least = torch.maximum(learned.least, least)
+                learned.hold_scale()
+
+    def _units(self, module: Layer, grid: WeightGrid, network: Network, layer: LayerPlan) -> Units:
+        """Return what scales and biases of a layer are compared with while they are learned.
+
+        A bias with what the inputs move the output by: their range times the weight's norm.
+        """
+        spread = 1.0
+        if layer.input is not None:
+            scheme = network.plan.quantizers[layer.input].scheme
+            spread = network.grids[layer.input].qparams().scale * scheme.levels / 4
+        norm = module.weight.detach().flatten(1).norm(dim=1).cpu()
+        return Units(grid.scale, (norm * spread).clamp_min(affine.SMALLEST_SCALE))
 
     def _grids(self, network: Network, acts: Sequence[str]) -> list[LearnedGrid]:
         """Return the grids below 8 bits, each once; wider ones lose nothing by calibration."""

@@ -8,6 +8,8 @@ learned beside it (Genie-M, Jeon et al. 2023: joint step size and rounding). Fle
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +18,17 @@ from dfqc.compiler import affine
 from dfqc.compiler.contracts import QTensor, WeightGrid
 
 LEAN = 0.6  # towards given codes; above 1/2, so that rounding gives them
+INSIDE = 0.4  # steps from its code at which a weight begins; at 0.5, noise would move it on
 ZETA, GAMMA = 1.1, -0.1  # h(V) is stretched to [GAMMA, ZETA] and cut off at [0, 1]
 Layer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True)
+class Units:
+    """Sizes of a layer's scales and biases, (channels,): steps of learning are parts of these."""
+
+    scale: Tensor
+    bias: Tensor
 
 
 class LearnedWeight(nn.Module):
@@ -26,8 +37,14 @@ class LearnedWeight(nn.Module):
     `soft` tells whether the weight is between codes (while it is trained) or on them.
     """
 
-    def __init__(self, layer: Layer, grid: WeightGrid, least: Tensor | None) -> None:
-        """Wrap `layer`; `least` is the smallest scale per channel that its bias allows."""
+    def __init__(
+        self, layer: Layer, grid: WeightGrid, least: Tensor | None, units: Units | None
+    ) -> None:
+        """Wrap `layer`; `least` is the smallest scale per channel that its bias allows.
+
+        With `units`, scale and bias are learned as multiples of those: steps of an optimizer then
+        have a size that suits every channel.
+        """
         super().__init__()
         self.layer = layer
         self.soft = False
@@ -36,10 +53,33 @@ class LearnedWeight(nn.Module):
         self.levels = grid.levels
         self.register_buffer("low", grid.low.to(device).view(shape))
         self.register_buffer("least", (torch.zeros(1) if least is None else least).to(device))
-        self.scale = nn.Parameter(grid.scale.to(device).view(shape).clone(), requires_grad=False)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        scale = grid.scale.to(device).view(shape)
+        ones = torch.ones_like(scale.flatten())
+        of_scale, of_bias = (
+            (scale, ones) if units is None else (units.scale.view(shape), units.bias)
+        )
+        if units is None:
+            of_scale = torch.ones_like(scale)
+        self.register_buffer("scale_unit", of_scale.to(device))
+        self.register_buffer("bias_unit", of_bias.to(device))
+        self.scale_ratio = nn.Parameter(scale / of_scale.to(device), requires_grad=False)
+        self.bias_ratio = None
+        if layer.bias is not None:
+            self.bias_ratio = nn.Parameter(layer.bias.detach() / of_bias.to(device))
         self.low: Tensor
         self.least: Tensor
+        self.scale_unit: Tensor
+        self.bias_unit: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """Return the scale of each channel, shaped to broadcast over the weight."""
+        return self.scale_ratio * self.scale_unit
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the bias, (channels,)."""
+        return None if self.bias_ratio is None else self.bias_ratio * self.bias_unit
 
     def codes(self) -> Tensor:
         """Return the weight in steps: codes once it is hard, between codes while it is soft."""
@@ -57,7 +97,7 @@ class LearnedWeight(nn.Module):
         """Keep the scale positive and large enough for the bias, after a step of an optimizer."""
         with torch.no_grad():
             floor = self.least.view(-1, *self.scale.shape[1:]).clamp_min(affine.SMALLEST_SCALE)
-            self.scale.copy_(torch.maximum(self.scale.abs(), floor))
+            self.scale_ratio.copy_(torch.maximum(self.scale.abs(), floor) / self.scale_unit)
 
     @torch.no_grad()
     def quantized(self) -> QTensor:
@@ -72,14 +112,19 @@ class SoftRounding(LearnedWeight):
     """Soft rounding: weight = s * clip(floor(w / s0) + h(V), grid), hard where h(V) >= 1/2."""
 
     def __init__(
-        self, layer: Layer, grid: WeightGrid, least: Tensor | None, start: Tensor | None = None
+        self,
+        layer: Layer,
+        grid: WeightGrid,
+        least: Tensor | None = None,
+        start: Tensor | None = None,
+        units: Units | None = None,
     ) -> None:
         """Begin at the float weight; with `start` (codes of a closed form) leaning to those.
 
         The codes between which a weight chooses then are its start and the one on the other side
         of the weight.
         """
-        super().__init__(layer, grid, least)
+        super().__init__(layer, grid, least, units)
         position = layer.weight.detach() / self.scale.detach()
         base = position.floor()
         if start is not None:
@@ -107,35 +152,44 @@ class SoftRounding(LearnedWeight):
 
 
 class FlexRounding(LearnedWeight):
-    """FlexRound: weight = s * clip(round(w / (s * S * s3)), grid), all divisors learned.
+    """FlexRound: weight = s * clip(round(w / (s0 * S * s3)), grid), all divisors learned.
+
+    The step s0 inside of the rounding is frozen, as in soft rounding: another step is then no other
+    code.
 
     S has one factor per weight and s3 one per output and (for convolutions) per input channel, all
     1 in the beginning; the gradient passes through the rounding as if it were not there.
     """
 
     def __init__(
-        self, layer: Layer, grid: WeightGrid, least: Tensor | None, start: Tensor | None = None
+        self,
+        layer: Layer,
+        grid: WeightGrid,
+        least: Tensor | None = None,
+        start: Tensor | None = None,
+        units: Units | None = None,
     ) -> None:
-        """Begin at rounding to nearest; with `start`, divide so that those codes come out."""
-        super().__init__(layer, grid, least)
+        """Begin at rounding to nearest; with `start`, at the nearest weight with those codes."""
+        super().__init__(layer, grid, least, units)
         weight = layer.weight.detach()
-        factors = torch.zeros_like(weight)
+        # A step of learning moves the widest codes of any grid by the same share of a code.
+        self.reach = 4 / grid.levels
         if start is not None:
-            position = weight / self.scale.detach()
-            codes = start.to(weight)
-            near = torch.minimum(torch.maximum(position, codes - 0.49), codes + 0.49)
-            ratio = torch.where(near * position > 0, position / near, torch.ones_like(near))
-            factors = ratio.clamp(1e-3, 1e3).log()
-        self.register_buffer("weight", weight)
-        self.factors = nn.Parameter(factors)
-        self.rows = nn.Parameter(torch.zeros_like(self.scale))
+            # Dividing cannot turn a sign, nor leave zero: the weight itself moves to its code.
+            codes, position = start.to(weight), weight / self.scale.detach()
+            inside = torch.minimum(torch.maximum(position, codes - INSIDE), codes + INSIDE)
+            weight = inside * self.scale.detach()
+        self.register_buffer("steps", weight / self.scale.detach())
+        self.factors = nn.Parameter(torch.zeros_like(weight))
+        self.rows = nn.Parameter(torch.zeros_like(self.scale_ratio))
         inputs = [1, weight.shape[1]] + [1] * (weight.dim() - 2)
         self.columns = nn.Parameter(torch.zeros(inputs, device=weight.device))
-        self.weight: Tensor
+        self.steps: Tensor
 
     def codes(self) -> Tensor:
         """Return the nearest codes of the divided weight."""
-        divided = self.weight / (self.scale * (self.factors + self.rows + self.columns).exp())
+        growth = (self.factors + self.rows + self.columns) * self.reach
+        divided = self.steps / growth.exp()
         return affine.clamp_codes(_round_through(divided), self.low, self.levels)
 
 

@@ -32,6 +32,9 @@ class TrainOptions(BaseModel):
         "mixed", description="of the unit: as the quantized layers before it give, float, or drawn"
     )
     drop: float = Field(0.5, ge=0, lt=1, description="share of elements left unquantized (QDrop)")
+    drop_until: float = Field(
+        1.0, ge=0, le=1, description="share of the iterations with dropping; all quantized after it"
+    )
     norm: float = Field(2.0, gt=0, description="of the error")
     round_weight: float = Field(1.0, ge=0, description="weight of the loss that decides rounding")
     warm_up: float = Field(0.2, ge=0, lt=1, description="share without that loss")
@@ -41,6 +44,9 @@ class TrainOptions(BaseModel):
     lr_weight_scale: float = Field(1e-4, ge=0)
     lr_act_scale: float = Field(4e-5, ge=0)
     lr_bias: float = Field(0.0, ge=0)
+    relative: bool = Field(
+        False, description="rates of scales and biases are parts of their own size"
+    )
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,17 @@ def train_unit(
     rates = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
     masks = DropMasks(options.drop, rng) if options.drop else None
     for layer in layers:
-        layer.soft = True
+        layer.soft = options.lr_rounding > 0  # what is not decided here stays as it is
     for grid in grids:
         grid.masks = masks
     steps = Steps(options.iterations, seconds)
     losses: list[Tensor] = []
     for index in _batches(len(data.exact), options.batch_size, steps, rng):
-        x, target = _inputs(data, index, options, rng, masks, device)
+        if masks is not None and steps.fraction >= options.drop_until:
+            masks = None
+            for grid in grids:
+                grid.masks = None
+        x, target = _inputs(data, index, options, masks, device)
         output = region(x)
         difference = output - target
         if data.weighting is not None:
@@ -156,11 +166,11 @@ def _optimizers(
             rounding.append(layer.position)
         elif isinstance(layer, FlexRounding):
             rounding += [layer.factors, layer.rows, layer.columns]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
+    biases = [layer.bias_ratio for layer in layers if layer.bias_ratio is not None]
     chosen = (
         (rounding, options.lr_rounding, options.rounding == "flex"),
-        ([layer.scale for layer in layers], options.lr_weight_scale, True),
-        ([grid.scale for grid in grids], options.lr_act_scale, True),
+        ([layer.scale_ratio for layer in layers], options.lr_weight_scale, True),
+        ([grid.ratio for grid in grids], options.lr_act_scale, True),
         (biases, options.lr_bias, True),
     )
     groups = []
@@ -187,7 +197,6 @@ def _inputs(
     data: UnitData,
     index: Tensor,
     options: TrainOptions,
-    rng: torch.Generator,
     masks: DropMasks | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:

@@ -51,24 +51,27 @@ class UnitState:
         )
 
 
-def merge_blocks(graph: Graph, plan: Plan, count: int) -> list[Block]:
+def merge_blocks(graph: Graph, plan: Plan, count: int, least: int) -> list[Block]:
     """Return the blocks with planned layers, `count` neighbors taken together (Ma et al. 2023).
 
-    What lies between them, and blocks without planned layers, belongs to the block before.
+    In a plain chain, where every layer is a block, so many are taken together that each has
+    `least` layers. What lies between them, and blocks without planned layers, belongs to the block
+    before.
     """
     planned = {layer.name for layer in plan.layers.values() if layer.weight is not None}
     groups: list[list[Block]] = []
     for block in blocks(graph):
         busy = any(name in planned for name in block.layers)
-        full = not groups or (_count_busy(groups[-1], planned) >= count and busy)
+        full = not groups or (busy and _is_full(groups[-1], planned, count, least))
         if full:
             groups.append([])
         groups[-1].append(block)
     return [_join(group) for group in groups]
 
 
-def _count_busy(group: Sequence[Block], planned: set[str]) -> int:
-    return sum(any(name in planned for name in block.layers) for block in group)
+def _is_full(group: Sequence[Block], planned: set[str], count: int, least: int) -> bool:
+    busy = [[name for name in block.layers if name in planned] for block in group]
+    return sum(map(bool, busy)) >= count and sum(map(len, busy)) >= least
 
 
 def _join(group: Sequence[Block]) -> Block:

@@ -48,7 +48,7 @@ class Walk:
         """
         copied = copy_graph(graph)
         insert_quantizers(copied.module, plan, lambda q: FakeQuantize(acts[q.name], q.scheme))
-        self.bytes_per_image = _live_bytes(copied) * (2 if paired else 1)
+        self.bytes_per_image = live_bytes(copied) * (2 if paired else 1)
         self.module = copied.module.to(device)
         self.layers = {p.node: p for p in plan.layers.values() if p.weight is not None}
         self.paired, self.device = paired, device
@@ -127,7 +127,7 @@ def _chunked(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _live_bytes(graph: Graph) -> int:
+def live_bytes(graph: Graph) -> int:
     """Return the most bytes that one image's activations take at any node, float32."""
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in node_shapes(graph).items()}
     nodes = list(graph.module.graph.nodes)

@@ -37,8 +37,8 @@ class Trainer(Protocol):
 
     def __call__(
         self, unit: Unit, network: Network, data: UnitData, acts: Sequence[str], number: int
-    ) -> tuple[UnitState, Mapping[str, Any]]:
-        """Return what was learned, and notes on how."""
+    ) -> tuple[dict[str, UnitState], dict[str, Any]]:
+        """Return what was learned by name, the last one last, and notes on how; empty: nothing."""
         ...
 
 
@@ -49,6 +49,7 @@ class Network:
     graph: Graph
     state: QuantState  # what undecided parts begin with
     device: torch.device
+    relative: bool = False  # whether grids learn parts of their scale
     module: fx.GraphModule = field(init=False)
     grids: dict[str, LearnedGrid] = field(init=False)
 
@@ -62,7 +63,12 @@ class Network:
         def make(quantizer: Any) -> LearnedGrid:
             # A tied quantizer repeats the grid of another: one module serves both.
             shared = self.grids.get(quantizer.tied) if quantizer.tied else None
-            grid = LearnedGrid(self.state.acts[quantizer.name], quantizer.scheme, self.device)
+            grid = LearnedGrid(
+                self.state.acts[quantizer.name],
+                quantizer.scheme,
+                self.device,
+                relative=self.relative,
+            )
             self.grids[quantizer.name] = shared or grid
             return self.grids[quantizer.name]
 
@@ -95,7 +101,8 @@ class Network:
         weight = self.graph.module.get_submodule(layer).weight
         assert isinstance(weight, Tensor)
         grid = weight_grid(weight.cpu(), planned, method)
-        return dataclasses.replace(grid, scale=state.weights[layer].scale)
+        # A clone: what came out of inference mode cannot be learned from.
+        return dataclasses.replace(grid, scale=state.weights[layer].scale.clone())
 
     def quantize_acts(self, on: bool) -> None:
         """Switch all activation grids on or off."""
@@ -196,11 +203,12 @@ class Walker:
         learned, notes = self.trainer(unit, self.network, data, acts, number)
         _free(data, self.images)
         states = {n: UnitState.of(s, unit.layers, acts) for n, s in self.candidates.items()}
-        states[LEARNED] = learned
-        errors = {LEARNED: float("nan")}
+        states |= learned
         if self.keep_best:
             errors = self._judge(unit, block, states)
-        winner = min(errors, key=lambda name: errors[name]) if self.keep_best else LEARNED
+            winner = min(errors, key=lambda name: errors[name])
+        else:
+            errors, winner = {}, list(learned or states)[-1]
         return states[winner], Decision(unit.name, unit.layers, winner, errors, notes)
 
     def _judge(self, unit: Unit, block: Block, states: Mapping[str, UnitState]) -> dict[str, float]:

@@ -25,6 +25,9 @@ class Options(reconstruct.Options):
     unit: Literal["block", "layer"] = "layer"
     rounding: Literal["soft", "flex"] = "soft"
     skip_wide: bool = False
+    relative: bool = False
+    least_layers: int = Field(1, ge=1)
+    step_share: float = Field(0.0, ge=0, lt=1)
     start: Literal["closed", "nearest"] = "nearest"
     iterations: int = Field(10_000, ge=1, description="per layer")
     inputs: Literal["quantized", "float", "mixed"] = "quantized"
@@ -42,6 +45,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "standard": {"iterations": 1500, "lr_rounding": 3e-3},
     "max": {},
 }
+count_passes, count_bytes = reconstruct.count_passes, reconstruct.count_bytes
 
 
 def quantize(

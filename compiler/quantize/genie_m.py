@@ -25,6 +25,9 @@ class Options(reconstruct.Options):
 
     rounding: Literal["soft", "flex"] = "soft"
     skip_wide: bool = False
+    relative: bool = False
+    least_layers: int = Field(1, ge=1)
+    step_share: float = Field(0.0, ge=0, lt=1)
     start: Literal["closed", "nearest"] = "nearest"
     iterations: int = Field(20_000, ge=1, description="per block")
     inputs: Literal["quantized", "float", "mixed"] = "mixed"
@@ -52,6 +55,7 @@ PRESETS: dict[str, dict[str, object]] = {
     },
     "max": {},
 }
+count_passes, count_bytes = reconstruct.count_passes, reconstruct.count_bytes
 
 
 def quantize(

@@ -46,7 +46,7 @@ from dfqc.compiler.quantize._hessian import (
     group_shape,
     measure_moments,
 )
-from dfqc.compiler.quantize._walk import Walk
+from dfqc.compiler.quantize._walk import Walk, live_bytes
 from dfqc.compiler.spec import LayerPlan, Plan
 
 MEMORY_BYTES = 4 << 30  # where nobody set a limit
@@ -68,6 +68,17 @@ class Options(rtn.Options):
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+_SOLVING = 6.0  # of gathering moments and rounding, in passes of the images that are walked
+
+
+def count_passes(options: Options, samples: int) -> float:
+    """Return the images that go through the network: for ranges, and along both lanes."""
+    return rtn.count_passes(options, samples) + (2 + _SOLVING) * min(options.images, samples)
+
+
+def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+    """Return what is kept: the live activations of the images that are walked, in both lanes."""
+    return min(MEMORY_BYTES, min(options.images, samples) * 2 * live_bytes(graph))
 
 
 def quantize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Literal
@@ -20,16 +21,13 @@ from torch import Tensor
 
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.graph import Graph, on_device
+from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn
-from dfqc.compiler.quantize._caches import Budget, Cache
-from dfqc.compiler.quantize._judge import output_error
-from dfqc.compiler.quantize._passes import Run
-from dfqc.compiler.quantize._stream import CacheKind, Recomputed
+from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
+from dfqc.compiler.quantize._stream import CacheKind
 from dfqc.compiler.quantize._train import TrainOptions
 from dfqc.compiler.quantize._units import UnitKind
-from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import Plan
 
 log = logging.getLogger(__name__)
@@ -42,12 +40,17 @@ class Options(TrainOptions):
 
     # As the inherited loop, but for these. Measured on CIFAR-10 ResNet-20 at W2A4 and W4A4.
     rounding: Literal["soft", "flex"] = "flex"
-    lr_rounding: float = Field(1e-2, ge=0)
-    lr_weight_scale: float = Field(3e-4, ge=0)
-    lr_act_scale: float = Field(4e-4, ge=0)
+    lr_rounding: float = Field(5e-3, ge=0)
+    lr_weight_scale: float = Field(3e-3, ge=0)
+    lr_act_scale: float = Field(1e-2, ge=0)
     lr_bias: float = Field(1e-3, ge=0)
+    relative: bool = True
     unit: UnitKind = "block"
     merge: int = Field(1, ge=1, description="neighboring blocks per unit (MRECG)")
+    least_layers: int = Field(2, ge=1, description="per unit, where a block has fewer")
+    step_share: float = Field(
+        0.4, ge=0, lt=1, description="of the iterations before rounding is learned too"
+    )
     start: Literal["closed", "nearest"] = Field("closed", description="rounding to begin with")
     order: Literal["joint", "weights-first"] = Field(
         "joint", description="weights-first: activation steps in a second pass (BRECQ)"
@@ -72,7 +75,30 @@ PRESETS: dict[str, dict[str, object]] = {
     "standard": {"iterations": 1000},
     "max": {"iterations": 20_000},
 }
+_JUDGING = 16.0  # ranges, bias corrections and comparisons, in passes of the calibration set
+_TRAINING = 4.5  # forward and backward pass with what learns around it, in forward passes
 _JUDGE_SHARE = 4  # without held-out images, every fourth calibration image judges
+
+
+def count_passes(options: Options, samples: int) -> float:
+    """Return the images that go through the network: every unit sees its part of them."""
+    ready = gptq.count_passes(gptq.Options.model_validate({}), samples) + _JUDGING * samples
+    iterations = sum(one.train.iterations for one in plan_passes(options))
+    return ready + _TRAINING * iterations * min(options.batch_size, samples)
+
+
+def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+    """Return what is kept: a unit's inputs and outputs, or what the closed form keeps."""
+    closed = gptq.count_bytes(gptq.Options.model_validate({}), graph, samples)
+    if options.cache == "recompute":
+        return closed
+    width = 2 if options.cache == "float16" else 4
+    shapes = node_shapes(graph)
+    values = [
+        2 * math.prod(shapes[block.entry]) + math.prod(shapes[block.exit])
+        for block in blocks(graph)
+    ]
+    return max(closed, min(cache_bytes(None), width * samples * max(values, default=0)))
 
 
 def quantize(
@@ -127,7 +153,7 @@ def reconstruct(
     info = {"quantizer": name, "start": options.start, **notes}
     if options.keep_best:
         state, scores = _keep_best(graph, {**ready, "reconstructed": state}, judge, device)
-        info |= {"kept": min(scores, key=lambda n: scores[n]), "heldout_error": scores}
+        info |= {"kept": min(scores, key=lambda n: scores[n]), "heldout_distance": scores}
     return dataclasses.replace(state, info={**state.info, **info})
 
 
@@ -188,12 +214,10 @@ def _keep_best(
     graph: Graph, states: Mapping[str, QuantState], judge: Tensor, device: torch.device
 ) -> tuple[QuantState, dict[str, float]]:
     """Return the state whose network is nearest to the float one on held-out images."""
-    scores = {}
-    rows = Cache(judge, Budget(), 0, None)
-    target = Recomputed(rows, graph.module)
-    for name, state in states.items():
-        network = simulated(graph, state, integer=False).module.to(device)
-        scores[name] = output_error(network, rows, target, batch=32, device=device)
+    scores = {
+        name: bias.output_distance(graph, state, judge, device=device)
+        for name, state in states.items()
+    }
     best = min(scores, key=lambda name: scores[name])
     log.info("kept %s of %s", best, scores)
     return states[best], scores

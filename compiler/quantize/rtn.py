@@ -43,6 +43,16 @@ class Options(BaseModel):
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
 
 
+def count_passes(options: Options, samples: int) -> float:
+    """Return the images that go through the network: twice for the ranges, and their counting."""
+    return 3.0 * samples
+
+
+def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+    """Return what is kept: histograms, which are small."""
+    return 0
+
+
 def quantize(
     graph: Graph,
     calib: CalibSet,

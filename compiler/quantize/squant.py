@@ -34,6 +34,7 @@ class Options(rtn.Options):
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+count_passes, count_bytes = rtn.count_passes, rtn.count_bytes
 
 
 def quantize(
