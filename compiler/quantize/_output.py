@@ -61,15 +61,21 @@ def _output_penalty(
         with torch.no_grad():
             wanted = tail(target.read(index, device))
         found = tail(output)
-        return weight * _divergence(wanted / temperature, found / temperature)
+        return weight * divergence(wanted, found, temperature)
 
     return penalty
 
 
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+def divergence(wanted: Tensor, found: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean KL(softmax(wanted / T) || softmax(found / T)) over the images.
+
+    Of an output with one number per image, the mean squared difference.
+    """
+    if wanted.flatten(1).shape[1] < 2:
+        return (found - wanted).square().mean()
     return F.kl_div(
-        found.flatten(1).log_softmax(1),
-        wanted.flatten(1).log_softmax(1),
+        (found / temperature).flatten(1).log_softmax(1),
+        (wanted / temperature).flatten(1).log_softmax(1),
         reduction="batchmean",
         log_target=True,
     )
@@ -102,7 +108,7 @@ def _fisher_weights(
             output = region(data.quantized.read(rows, device))
             wanted = tail(data.target.read(rows, device))
         output = output.detach().requires_grad_()
-        loss = len(output) * _divergence(wanted, tail(output))
+        loss = len(output) * divergence(wanted, tail(output))
         (slope,) = torch.autograd.grad(loss, output)
         parts.append((slope.abs() + 1).to("cpu", torch.float16))
     return _Held(torch.cat(parts))

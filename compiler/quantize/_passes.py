@@ -7,33 +7,38 @@ grid, and then the activation steps alone.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dfqc.compiler import affine, machine
-from dfqc.compiler.contracts import Progress, QuantizerSupplies, QuantState, WeightGrid
-from dfqc.compiler.graph import Graph, node_shapes
-from dfqc.compiler.quantize import _output, rtn
+from dfqc.compiler import machine
+from dfqc.compiler.contracts import Progress, QuantizerSupplies, QuantState
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.quantize import _output
 from dfqc.compiler.quantize._caches import Budget, Cache
+from dfqc.compiler.quantize._layers import UnitLayers
 from dfqc.compiler.quantize._learned import LearnedGrid
-from dfqc.compiler.quantize._rounding import (
-    FlexRounding,
-    Layer,
-    LearnedWeight,
-    SoftRounding,
-    Units,
-)
+from dfqc.compiler.quantize._rounding import FlexRounding, SoftRounding
+from dfqc.compiler.quantize._schedule import Clock, Report
 from dfqc.compiler.quantize._stream import Stream
 from dfqc.compiler.quantize._train import TrainOptions, UnitData, train_unit
-from dfqc.compiler.quantize._units import Unit, UnitState, list_units, merge_blocks
+from dfqc.compiler.quantize._tune import tune
+from dfqc.compiler.quantize._units import (
+    Unit,
+    UnitState,
+    list_units,
+    load_unit,
+    merge_blocks,
+    save_unit,
+)
 from dfqc.compiler.quantize._walker import LEARNED, Decision, Network, Walker
-from dfqc.compiler.spec import MAX_BITS, LayerPlan, Plan
+from dfqc.compiler.spec import MAX_BITS, Plan
 
 if TYPE_CHECKING:
     from dfqc.compiler.quantize.reconstruct import Options
@@ -89,13 +94,15 @@ class Run:
 
     def all_passes(
         self, progress: Progress, supplies: QuantizerSupplies, seconds: float | None
-    ) -> tuple[QuantState, dict[str, Any]]:
-        """Return the reconstructed state, and notes for the manifest."""
+    ) -> tuple[dict[str, QuantState], dict[str, Any]]:
+        """Return the reconstructed state, that one tuned as a whole, and notes for the manifest."""
         blocks = merge_blocks(self.graph, self.plan, self.options.merge, self.options.least_layers)
         units = list_units(self.graph, self.plan, blocks, self.options.unit)
         passes = plan_passes(self.options)
-        clock = _Clock.of(self.graph, self.plan, units, passes, seconds)
-        report = _Report(progress, sum(one.train.iterations for one in passes) * len(units))
+        counts = [one.train.iterations for one in passes]
+        last = 0 if all_wide(self.plan) else self.options.tune_iterations
+        clock = Clock.of(self.graph, self.plan, units, counts, last=last, seconds=seconds)
+        report = Report(progress, sum(counts) * len(units) + last)
         budget = Budget(cache_bytes(supplies.memory_bytes))
         states, decisions = dict(self.ready), list[Decision]()
         try:
@@ -119,10 +126,43 @@ class Run:
                 )
                 states = {one.name: walker.run()}
                 decisions += walker.decisions
+            (state,) = states.values()
+            notes = _notes(decisions, budget)
+            candidates = {"reconstructed": state}
+            if last:
+                tuned, notes["tuned"] = self._tune(state, budget, clock, report, supplies)
+                candidates["tuned"] = tuned
         finally:
             budget.close()
-        (state,) = states.values()
-        return state, _notes(decisions, budget)
+        return candidates, notes
+
+    def _tune(
+        self,
+        state: QuantState,
+        budget: Budget,
+        clock: Clock,
+        report: Report,
+        supplies: QuantizerSupplies,
+    ) -> tuple[QuantState, dict[str, Any]]:
+        """Tune steps and biases of the whole network, or find them tuned."""
+
+        def make() -> tuple[UnitState, dict[str, str]]:
+            stream = self._stream(self.images, budget)
+            progress = report.of("network")
+            tuned, notes = tune(self, state, stream, seconds=clock.left(), progress=progress)
+            return tuned, {"tuned": json.dumps(notes)}
+
+        def save(value: Any, folder: Path) -> None:
+            save_unit(value[0], value[1], folder)
+
+        tuned, notes = supplies.checkpoint({"pass": "tune"}, make, save, load_unit)
+        result = dataclasses.replace(
+            state,
+            weights={**state.weights, **tuned.weights},
+            biases={**state.biases, **tuned.biases},
+            acts={**state.acts, **tuned.acts},
+        )
+        return result, json.loads(notes["tuned"])
 
     def _start(self, states: Mapping[str, QuantState]) -> QuantState:
         """Return the state that learning begins with."""
@@ -132,6 +172,13 @@ class Run:
     def _stream(self, images: Tensor, budget: Budget) -> Stream:
         source = Cache(images, budget, 0, None)
         return Stream(source, budget, self.options.cache, self.options.pass_size, self.device)
+
+
+def all_wide(plan: Plan) -> bool:
+    """Report whether nothing in a plan is narrower than 8 bits."""
+    schemes = [layer.weight for layer in plan.layers.values()]
+    schemes += [quantizer.scheme for quantizer in plan.quantizers.values()]
+    return all(scheme is None or scheme.bits >= MAX_BITS for scheme in schemes)
 
 
 def cache_bytes(limit: int | None) -> int:
@@ -165,8 +212,8 @@ class _Trainer:
 
     run: Run
     one: Pass
-    clock: _Clock
-    report: _Report
+    clock: Clock
+    report: Report
     seed: int
 
     def __call__(
@@ -179,18 +226,18 @@ class _Trainer:
             self.report.finish(one.train.iterations)
             return {}, {"skipped": reason}
         rng = torch.Generator(run.device).manual_seed(self.seed + number)
-        layers = [self._learned(name, network) for name in unit.layers] if one.weights else []
+        layers = self._learn(unit, network) if one.weights else None
         region = network.region(unit.entry, unit.exit)
         grids = self._grids(network, acts) if one.acts else []
         tail = _output.make_tail(run, unit, network, region, data)
         rows = dataclasses.replace(data, weighting=tail.weighting)
-        seconds = self.clock.grant(unit, one.train.iterations)
+        seconds = self.clock.grant(unit)
         states: dict[str, UnitState] = {}
         notes: dict[str, Any] = {}
         for phase in self._phases():
             share = phase.train.iterations / one.train.iterations
             trained = train_unit(
-                *(region, layers, grids, rows, phase.train),
+                *(region, layers.trained() if layers else [], grids, rows, phase.train),
                 rng=rng,
                 device=run.device,
                 seconds=None if seconds is None else seconds * share,
@@ -198,9 +245,27 @@ class _Trainer:
                 penalty=tail.penalty,
             )
             self.report.finish(phase.train.iterations)
-            states[phase.name] = self._state(unit, network, layers, acts)
+            if layers is not None:
+                states[phase.name] = layers.state(acts)
+            else:
+                kept = UnitState.of(network.state, unit.layers, acts)
+                found = {name: network.grids[name].qparams() for name in acts}
+                states[phase.name] = dataclasses.replace(kept, acts=found)
             notes[phase.name] = dataclasses.asdict(trained)
         return states, notes
+
+    def _learn(self, unit: Unit, network: Network) -> UnitLayers:
+        """Put layers whose weight is learned in the place of the unit's."""
+        options = self.run.options
+        kind = SoftRounding if self.one.train.rounding == "soft" else FlexRounding
+        return UnitLayers.put(
+            network,
+            unit.layers,
+            kind,
+            method=options.weights,
+            from_codes=options.start == "closed",
+            relative=self.one.train.relative,
+        )
 
     def _phases(self) -> list[Pass]:
         """Return what is learned one after the other: steps and biases alone, then rounding too."""
@@ -215,27 +280,6 @@ class _Trainer:
             dataclasses.replace(self.one, name=LEARNED, train=train.model_copy(update=rest)),
         ]
 
-    def _state(
-        self,
-        unit: Unit,
-        network: Network,
-        layers: Sequence[LearnedWeight],
-        acts: Sequence[str],
-    ) -> UnitState:
-        """Return what a unit has learned so far."""
-        self._make_room(unit, network, layers)
-        learned = {name: network.grids[name].qparams() for name in acts}
-        if not self.one.weights:
-            kept = UnitState.of(network.state, unit.layers, acts)
-            return dataclasses.replace(kept, acts=learned)
-        names = dict(zip(unit.layers, layers, strict=True))
-        biases = {n: layer.bias for n, layer in names.items()}
-        return UnitState(
-            {name: layer.quantized() for name, layer in names.items()},
-            {n: b.detach().cpu().clone() for n, b in biases.items() if b is not None},
-            learned,
-        )
-
     def _reason_to_skip(
         self, unit: Unit, network: Network, acts: Sequence[str], number: int
     ) -> str:
@@ -249,118 +293,7 @@ class _Trainer:
             return "8 bits everywhere"
         return ""
 
-    def _learned(self, name: str, network: Network) -> LearnedWeight:
-        """Put a layer whose weight is learned into the network."""
-        options, layer = self.run.options, network.plan.layers[name]
-        kind = SoftRounding if self.one.train.rounding == "soft" else FlexRounding
-        module = network.original(name)
-        bias, least = network.state.biases.get(name), None
-        if bias is not None:
-            # A clone: corrected biases may come out of inference mode.
-            module.bias = torch.nn.Parameter(bias.to(self.run.device).clone())
-        if bias is not None and layer.input is not None:
-            scale = network.grids[layer.input].qparams().scale
-            least = rtn.smallest_weight_scale(bias, scale)
-        grid = network.start_grid(name, network.state, options.weights)
-        codes = network.state.weights[name].codes.to(self.run.device)
-        start = codes if options.start == "closed" else None
-        units = self._units(module, grid, network, layer) if self.one.train.relative else None
-        learned = kind(module, grid, least, start, units)
-        network.put(name, learned)
-        return learned
-
-    def _make_room(self, unit: Unit, network: Network, layers: Sequence[LearnedWeight]) -> None:
-        """Raise scales where the learned bias would leave the int32 grid of the learned steps."""
-        for name, learned in zip(unit.layers, layers, strict=False):
-            source, bias = network.plan.layers[name].input, learned.bias
-            if source is not None and bias is not None:
-                scale = network.grids[source].qparams().scale
-                least = rtn.smallest_weight_scale(bias.detach(), scale)
-                learned.least = torch.maximum(learned.least, least)
-                learned.hold_scale()
-
-    def _units(self, module: Layer, grid: WeightGrid, network: Network, layer: LayerPlan) -> Units:
-        """Return what scales and biases of a layer are compared with while they are learned.
-
-        A bias with what the inputs move the output by: their range times the weight's norm.
-        """
-        spread = 1.0
-        if layer.input is not None:
-            scheme = network.plan.quantizers[layer.input].scheme
-            spread = network.grids[layer.input].qparams().scale * scheme.levels / 4
-        norm = module.weight.detach().flatten(1).norm(dim=1).cpu()
-        return Units(grid.scale, (norm * spread).clamp_min(affine.SMALLEST_SCALE))
-
     def _grids(self, network: Network, acts: Sequence[str]) -> list[LearnedGrid]:
         """Return the grids below 8 bits, each once; wider ones lose nothing by calibration."""
         found = dict.fromkeys(network.grids[name] for name in acts)
         return [grid for grid in found if grid.scheme.bits < MAX_BITS]
-
-
-@dataclass
-class _Clock:
-    """Shares the time among the units by their work."""
-
-    work: dict[str, list[float]]  # unit -> what is still to come in each pass, in order
-    seconds: float | None
-
-    @staticmethod
-    def of(
-        graph: Graph, plan: Plan, units: Sequence[Unit], passes: Sequence[Pass], left: float | None
-    ) -> _Clock:
-        """Weigh units by their multiplications and the passes' iterations."""
-        shapes = node_shapes(graph)
-        work = {
-            unit.name: [_count_macs(graph, plan, unit, shapes) * p.train.iterations for p in passes]
-            for unit in units
-        }
-        end = None if left is None else time.monotonic() + left
-        return _Clock(work, end)
-
-    def skip(self, unit: Unit) -> float:
-        """Return the next work of a unit, and strike it off."""
-        return self.work[unit.name].pop(0)
-
-    def grant(self, unit: Unit, iterations: int) -> float | None:
-        """Return the seconds that a unit may take; None without a limit."""
-        total = sum(sum(parts) for parts in self.work.values())
-        own = self.skip(unit)
-        if self.seconds is None:
-            return None
-        left = max(0.0, self.seconds - time.monotonic())
-        return left * own / max(total, 1e-9)
-
-
-def _count_macs(
-    graph: Graph, plan: Plan, unit: Unit, shapes: Mapping[str, tuple[int, ...]]
-) -> float:
-    """Return the multiplications of a unit for one image."""
-    total = 0.0
-    for name in unit.layers:
-        weight = graph.module.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        out = shapes[plan.layers[name].node]
-        positions = math.prod(out) / weight.shape[0]
-        total += positions * weight.numel()
-    return max(total, 1.0)
-
-
-@dataclass
-class _Report:
-    """Counts the iterations of all units as one long work."""
-
-    progress: Progress
-    total: int
-    done: int = 0
-
-    def of(self, unit: str) -> Callable[[int, int, str], None]:
-        """Return the progress of one unit."""
-
-        def report(done: int, total: int, note: str) -> None:
-            self.progress(min(self.done + done, self.total), self.total, f"{unit} {note}".strip())
-
-        return report
-
-    def finish(self, planned: int) -> None:
-        """Count a unit as done, also if it took fewer iterations."""
-        self.done += planned

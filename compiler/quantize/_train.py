@@ -35,6 +35,7 @@ class TrainOptions(BaseModel):
     drop_until: float = Field(
         1.0, ge=0, le=1, description="share of the iterations with dropping; all quantized after it"
     )
+    error_weight: float = Field(1.0, ge=0, description="of the error; 0 leaves only `penalty`")
     norm: float = Field(2.0, gt=0, description="of the error")
     round_weight: float = Field(1.0, ge=0, description="weight of the loss that decides rounding")
     warm_up: float = Field(0.2, ge=0, lt=1, description="share without that loss")
@@ -121,10 +122,10 @@ def train_unit(
             difference = difference * data.weighting.read(index, device)
         square = options.norm == 2
         error = difference.square() if square else difference.abs().pow(options.norm)
-        loss = error.sum(1).mean()
-        losses.append(loss.detach())
+        loss = options.error_weight * error.sum(1).mean()
         if penalty is not None:
             loss = loss + penalty(output, index)
+        losses.append(loss.detach())
         if options.round_weight and steps.fraction >= options.warm_up:
             power = _power(steps.fraction, options)
             soft = [layer for layer in layers if isinstance(layer, SoftRounding)]

@@ -83,6 +83,13 @@ class Network:
         """Return the quantized network between two nodes, as far as it is decided."""
         return cut_region(self.module, entry, exit, self.shapes)
 
+    def ends(self) -> tuple[str, str]:
+        """Return the names of the image's node and of the one that computes the output."""
+        nodes = list(self.graph.module.graph.nodes)
+        result = next(n for n in nodes if n.op == "output").args[0]
+        assert isinstance(result, fx.Node)
+        return next(n for n in nodes if n.op == "placeholder").name, result.name
+
     def grids_in(self, region: fx.GraphModule) -> list[str]:
         """Return the names of the quantizers that a region passes through."""
         called = {str(node.target) for node in region.graph.nodes if node.op == "call_module"}

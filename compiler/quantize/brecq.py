@@ -26,6 +26,7 @@ class Options(reconstruct.Options):
     rounding: Literal["soft", "flex"] = "soft"
     skip_wide: bool = False
     relative: bool = False
+    tune_iterations: int = Field(0, ge=0)
     least_layers: int = Field(1, ge=1)
     step_share: float = Field(0.0, ge=0, lt=1)
     start: Literal["closed", "nearest"] = "nearest"

@@ -57,6 +57,11 @@ class Options(TrainOptions):
     )
     act_iterations: int = Field(5000, ge=1, description="of the second pass of weights-first")
     lr_act_second: float = Field(4e-4, ge=0, description="of the second pass of weights-first")
+    tune_iterations: int = Field(
+        100, ge=0, description="steps and biases of the whole network, after all units"
+    )
+    tune_rate: float = Field(1e-3, ge=0)
+    tune_temperature: float = Field(2.0, gt=0)
     weighting: Literal["none", "fisher"] = Field("none", description="of the error (BRECQ)")
     output_weight: float = Field(0.0, ge=0, description="weight of the output's KL (PD-Quant)")
     output_temperature: float = Field(4.0, gt=0)
@@ -72,7 +77,7 @@ class Options(TrainOptions):
 
 PRESETS: dict[str, dict[str, object]] = {
     "quick": {"iterations": 250},
-    "standard": {"iterations": 1000},
+    "standard": {"iterations": 1000, "tune_iterations": 300},
     "max": {"iterations": 20_000},
 }
 _JUDGING = 16.0  # ranges, bias corrections and comparisons, in passes of the calibration set
@@ -149,10 +154,11 @@ def reconstruct(
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
     run = Run(graph, plan, options, images, judge, ready, rng.initial_seed(), device)
-    state, notes = run.all_passes(progress, supplies, left)
+    learned, notes = run.all_passes(progress, supplies, left)
+    state = list(learned.values())[-1]
     info = {"quantizer": name, "start": options.start, **notes}
     if options.keep_best:
-        state, scores = _keep_best(graph, {**ready, "reconstructed": state}, judge, device)
+        state, scores = _keep_best(graph, {**ready, **learned}, judge, device)
         info |= {"kept": min(scores, key=lambda n: scores[n]), "heldout_distance": scores}
     return dataclasses.replace(state, info={**state.info, **info})
 
