@@ -27,7 +27,7 @@ from torch import Tensor
 from dfqc.compiler import machine, plugins
 from dfqc.compiler.contracts import CalibSet, QuantizerSupplies, QuantState
 from dfqc.compiler.dataset import open_dataset
-from dfqc.compiler.graph import Graph
+from dfqc.compiler.graph import Graph, has_batch_norm
 from dfqc.compiler.job import make_job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes import bias
@@ -36,6 +36,7 @@ from dfqc.compiler.plan import make_plan
 from dfqc.compiler.recipe import make_recipe
 from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import Plan, default_ends, parse_bits
+from dfqc.compiler.stages_calib import fitting_part
 
 CPU = torch.device("cpu")
 BITS = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
@@ -70,6 +71,7 @@ class Case:
     unfolded: Graph
     calib: CalibSet
     held_out: Tensor
+    judges: Tensor  # the part of them that chooses between learned results
     seconds: float  # for making the calibration images
 
 
@@ -116,8 +118,11 @@ def open_case(net: Net, source: str, options: argparse.Namespace) -> Case:
         driver = make_driver(job, store, last="holdout")
         driver.run()
         seconds = next(r.seconds for r in driver.records if r.name == "synthesize")
-        values = [driver.value(n) for n in ("fold", "equalize", "synthesize", "holdout")]
-    return Case(net, values[0], values[1], values[2], values[3].images, seconds)
+        graph, unfolded, calib, held = (
+            driver.value(n) for n in ("fold", "equalize", "synthesize", "holdout")
+        )
+    judges = fitting_part(held, batch_norm=has_batch_norm(unfolded))
+    return Case(net, graph, unfolded, calib, held.images, judges, seconds)
 
 
 def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -172,7 +177,7 @@ def quantize(case: Case, plan: Plan, method: str, effort: str) -> QuantState:
         *(case.graph, case.calib, plan, plugin_options(plugin, name, effort, overrides)),
         rng=torch.Generator().manual_seed(0),
         device=CPU,
-        supplies=QuantizerSupplies(unfolded=case.unfolded, held_out=case.held_out),
+        supplies=QuantizerSupplies(unfolded=case.unfolded, held_out=case.judges),
     )
     return bias.correct(
         *(case.graph, case.unfolded, state, case.calib),

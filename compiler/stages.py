@@ -212,11 +212,14 @@ def quantize(context: Context) -> QuantState:
     """Choose weights' codes and activations' grids."""
     import torch
 
-    recipe = context.settings.recipe
+    from dfqc.compiler.graph import has_batch_norm
+    from dfqc.compiler.stages_calib import fitting_part
+
+    recipe, unfolded = context.settings.recipe, context.value("equalize")
     plugin = plugins.load("quantizer", recipe.quantizer)
     supplies = QuantizerSupplies(
-        unfolded=context.value("equalize"),
-        held_out=context.value("holdout").images,
+        unfolded=unfolded,
+        held_out=fitting_part(context.value("holdout"), batch_norm=has_batch_norm(unfolded)),
         memory_bytes=recipe.memory_bytes,
         seconds=context.share_of_time(_QUANTIZE_SHARE),
         checkpoint=context.checkpoint,

@@ -38,7 +38,7 @@ def test_every_net_of_a_zoo_is_passed_and_half_resolution_costs_a_quarter(graph)
 
 def test_more_samples_take_longer_and_larger_batches_more_memory(graph):
     few, many = rows(graph, samples=32), rows(graph, samples=64)
-    assert many["quantize"].seconds == 2 * few["quantize"].seconds
+    assert many["quantize"].seconds > few["quantize"].seconds
     small = rows(graph, synth_option=["batch_size=8"])["synthesize"].peak_bytes
     large = rows(graph, synth_option=["batch_size=64"])["synthesize"].peak_bytes
     activations = 4 * model_facts(graph)["activations"]
