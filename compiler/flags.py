@@ -47,7 +47,7 @@ FLAGS = (
     Flag("layer", list[str], "bits of some layers (repeatable)", "GLOB=wNaM", _PLAN),
     Flag("avg_bits", float, "choose weight bits per layer: their average", "BITS", _PLAN),
     Flag("size", str, "choose weight bits per layer: size of model.onnx", "200k", _PLAN),
-    Flag("effort", str, "quick, standard or max: how long synthesis may take", "NAME", _CALIB),
+    Flag("effort", str, "quick, standard or max: time for images and rounding", "NAME", _CALIB),
     Flag("synth", str, "synthesizer of the images (dfqc list)", "NAME", _CALIB, ("--method",)),
     Flag("synth_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _CALIB),
     Flag("zoo", str, "more models of the same classes, for mixmix", "MODEL,MODEL", _CALIB),
