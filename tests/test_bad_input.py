@@ -97,7 +97,7 @@ def test_wrong_input_size(build, workspace):
         (("--layer", "nowhere.*=w4a4"), "matches no layer"),
         (("--layer", "layer1.conv3=w4a4"), "layer1.conv1"),
         (("--synth-option", "nonsense=1"), "zeroq has no option 'nonsense'"),
-        (("--quantizer-option", "weights=maximum"), "rtn: option weights: got 'maximum'"),
+        (("--quantizer-option", "weights=maximum"), "reconstruct: option weights: got 'maximum'"),
         (("--budget", "tomorrow"), "--budget"),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_command_gets_every_flag_and_hands_them_on_as_one_dictionary():
 def test_defaults():
     recipe = make_recipe({"model": "net.pt2"})
     assert (recipe.target, recipe.bits, recipe.synth, recipe.quantizer) == (
-        "ort", "w8a8", "zeroq", "rtn"
+        "ort", "w8a8", "zeroq", "reconstruct"
     )  # fmt: skip
     assert recipe.asked_bits == recipe.ends_bits == Bits(8, 8)
     assert recipe.samples == SAMPLES["standard"]
