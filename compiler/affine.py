@@ -62,7 +62,8 @@ def nearest_codes(real: Tensor, scale: Tensor, low: Tensor, levels: int) -> Tens
 
 def clamp_codes(codes: Tensor, low: Tensor, levels: int) -> Tensor:
     """Return `codes` cut off at low .. low + levels - 1; differentiable, `low` must broadcast."""
-    return torch.minimum(torch.maximum(codes, low), low + (levels - 1))
+    # Not by maximum and minimum: those halve the gradient of codes that lie on an end.
+    return torch.clamp(codes, low, low + (levels - 1))
 
 
 def dequantize_weight(weight: QTensor, axis: int | None) -> Tensor:

@@ -150,6 +150,7 @@ class QuantizerSupplies:
         seconds: wall-clock the quantizer may take. It does less work where the planned does not
             fit, and then sets `shortened` in its info to True. None: as long as it takes.
         checkpoint: keeps finished parts of long work.
+        scratch: folder for what does not fit into memory; None: the system's temporary folder.
     """
 
     unfolded: Graph | None = None
@@ -157,6 +158,7 @@ class QuantizerSupplies:
     memory_bytes: int | None = None
     seconds: float | None = None
     checkpoint: Checkpoint = forgetful
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,11 @@ class Context:
         return None if limit is None else max(0.0, fraction * (limit - self.driver.elapsed()))
 
     @property
+    def scratch(self) -> Path:
+        """Return a folder for what does not fit into memory: beside the store, on its disk."""
+        return self.driver.store.root / "temp"
+
+    @property
     def is_last(self) -> bool:
         """Report whether nothing comes after this stage, as when only images are made."""
         return self.driver.stages[-1] is self.stage

@@ -72,7 +72,7 @@ def estimate(
         Estimate("synthesize", recipe.samples * passes * image, kept * size + own + 2 * pixels),
         Estimate("holdout", half * matched * image, kept * half),
         *_allocation(recipe, facts, image),
-        _quantization(recipe, graph, image, pixels + activations),
+        _quantization(recipe, graph, image, pixels, activations),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
         Estimate("lower", 2.0 + weights / 50e6, 6 * weights),
@@ -83,13 +83,15 @@ def estimate(
     return [Estimate(r.stage, r.seconds, _BASE_BYTES + 2 * weights + r.peak_bytes) for r in rows]
 
 
-def _quantization(recipe: Recipe, graph: Graph, image: float, least: int) -> Estimate:
+def _quantization(
+    recipe: Recipe, graph: Graph, image: float, pixels: int, activations: int
+) -> Estimate:
     """Return what the quantizer says of itself: passes of the network, and caches."""
     plugin = plugins.load("quantizer", recipe.quantizer)
     options = plugin_options(plugin, recipe.quantizer, recipe.effort, recipe.quantizer_option)
     seconds = plugin.count_passes(options, recipe.samples) * image
-    batch = _QUANTIZER_BATCH * least
-    return Estimate("quantize", seconds, batch + plugin.count_bytes(options, graph, recipe.samples))
+    kept = plugin.count_bytes(options, graph, recipe.samples)
+    return Estimate("quantize", seconds, pixels + _QUANTIZER_BATCH * activations + kept)
 
 
 def _allocation(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[Estimate]:

@@ -56,7 +56,9 @@ FLAGS = (
     Flag("equalize", str, "none, cle (exact) or dfq (ReLU6 to ReLU, biases)", "NAME", _QUANT),
     Flag("quantizer", str, "quantizer (dfqc list)", "NAME", _QUANT),
     Flag("quantizer_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _QUANT),
-    Flag("bias_correction", str, "auto, blend, empirical, analytic or none", "NAME", _QUANT),
+    Flag(
+        "bias_correction", str, "auto, blend, empirical, analytic, variance, none", "NAME", _QUANT
+    ),
     Flag("eval_data", str, "labelled images: reports top-1", "PATH", _GATES),
     Flag("max_drop", float, "gate: largest loss in points of top-1 (exit 5)", "PTS", _GATES),
     Flag("min_speedup", float, "gate: float time / engine time (exit 6)", "X", _GATES),

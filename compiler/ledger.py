@@ -72,10 +72,10 @@ def describe_quantization(build: Build) -> dict[str, Any]:
 
 def _rounding(about: Mapping[str, Any]) -> dict[str, str]:
     """Return, per layer, what gave its weights their codes; empty for a method of one way."""
-    units = about.get("units", [])
-    kept = about.get("kept", "reconstructed")
+    # Tuning leaves all codes as the units have them, and so does a walk for activations alone.
+    units = [unit for unit in about.get("units", []) if unit["walk"] != "acts"]
+    kept = about.get("kept", "tuned")
+    learned = kept in ("reconstructed", "tuned")
     return {
-        layer: unit["winner"] if kept == "reconstructed" else kept
-        for unit in units
-        for layer in unit["layers"]
+        layer: unit["winner"] if learned else kept for unit in units for layer in unit["layers"]
     }

@@ -112,8 +112,8 @@ STAGES: tuple[Stage, ...] = (
         stages_allocate.save_allocation,
         storage.load_plan,
         options=stages_allocate.options,
-        environment=depend.compute,
-        code=depend.modules("allocate", "sensitivity", "plan"),
+        environment=depend.allocation,
+        code=depend.backend("allocate", "sensitivity", "plan", "quantize.rtn"),
     ),
     Stage(
         "quantize",

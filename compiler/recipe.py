@@ -86,7 +86,7 @@ class Recipe(BaseModel):
     equalize: Literal["none", "cle", "dfq"] = "none"
     quantizer: str = "reconstruct"
     quantizer_option: Mapping[str, Any] = {}
-    bias_correction: Literal["auto", "blend", "empirical", "analytic", "none"] = "auto"
+    bias_correction: Literal["auto", "blend", "empirical", "analytic", "variance", "none"] = "auto"
 
     eval_data: str | None = None
     max_drop: float | None = Field(None, ge=0)

@@ -21,6 +21,7 @@ from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.spec import OFFSET_BITS, Plan, QScheme
 
 _CHUNK_IMAGES = 32  # more at a time are no faster
+MEAN_OF = 256  # positions from which the mean change of a channel is not the change itself
 
 Sums = dict[str, dict[str, list[float]]]  # layer -> bits -> noise, KL, agreeing images
 
@@ -120,7 +121,8 @@ def _changed_output(
 ) -> Tensor:
     """Return a layer's output with another weight, less the mean change of every channel.
 
-    The mean is what bias correction takes away after rounding, so that it must not count here.
+    The mean is what bias correction takes away after rounding, so that it must not count here. The
+    mean of a few positions would be the change itself: then all of it counts.
     """
     layer = module.get_submodule(str(node.target))
     source = node.args[0]
@@ -129,7 +131,8 @@ def _changed_output(
     axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
     others = [d for d in range(output.ndim) if d != axis]
     shift: Tensor = (output - kept[node]).mean(others, keepdim=True)
-    return output - shift
+    averaged = output.numel() // output.shape[axis]
+    return output - shift if averaged >= MEAN_OF else output
 
 
 def _compare(exact: Tensor, output: Tensor) -> list[float]:

@@ -69,6 +69,11 @@ def compute(job: Job) -> Mapping[str, Any]:
     return {**machine.versions("torch"), "device": job.recipe.device.split(":")[0]}
 
 
+def allocation(job: Job) -> Mapping[str, Any]:
+    """What computes the effects of layers, and what writes the file whose size is limited."""
+    return {**compute(job), **machine.versions(*EXPORTERS)}
+
+
 def engine(job: Job) -> Mapping[str, Any]:
     """What executes."""
     # What an engine computes, and how fast, belongs to this runtime on this processor.
@@ -90,7 +95,7 @@ def held_out(job: Job) -> tuple[str, ...]:
 
 def quantizer(job: Job) -> tuple[str, ...]:
     """Code that quantizes."""
-    return (plugins.module_name("quantizer", job.recipe.quantizer),)
+    return (plugins.module_name("quantizer", job.recipe.quantizer), "dfqc.compiler.stages_calib")
 
 
 def backend(*others: str) -> Callable[[Job], tuple[str, ...]]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from dfqc.compiler.graph import Graph
 
 FACTS, DATA = "facts.json", "data.json"
+# `variance` restores the variance of every channel, then its mean, both from batch norms.
+_CORRECTIONS = {"variance": {"method": "analytic", "variance": "analytic"}}
 _QUANTIZE_SHARE = 0.7  # of the time left; lowering, parity and measuring come after
 
 
@@ -223,6 +225,7 @@ def quantize(context: Context) -> QuantState:
         memory_bytes=recipe.memory_bytes,
         seconds=context.share_of_time(_QUANTIZE_SHARE),
         checkpoint=context.checkpoint,
+        scratch=context.scratch,
     )
     options = plugin_options(plugin, recipe.quantizer, recipe.effort, recipe.quantizer_option)
     device = device_of(context)
@@ -243,12 +246,13 @@ def correct(context: Context) -> QuantState:
     """Undo the mean error of every layer in its bias."""
     from dfqc.compiler.passes import bias
 
+    method = context.settings.recipe.bias_correction
     return bias.correct(
         context.value("fold"),
         context.value("equalize"),
         context.value("quantize"),
         context.value("synthesize"),
-        bias.Options.model_validate({"method": context.settings.recipe.bias_correction}),
+        bias.Options.model_validate(_CORRECTIONS.get(method, {"method": method})),
         device=device_of(context),
         held_out=context.value("holdout").images,
         progress=context.progress(),

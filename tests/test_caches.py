@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfqc.compiler.quantize._caches import Budget, Cache, fill
+from dfqc.compiler.quantize._caches import Budget, Cache, Spilled, fill
 
 CPU = torch.device("cpu")
 
 
 def source(rows=10):
-    return Cache(torch.arange(rows * 6, dtype=torch.float32).view(rows, 6), Budget(), 0, None)
+    return Cache(torch.arange(rows * 6, dtype=torch.float32).view(rows, 6), Budget())
 
 
 def double(x):
@@ -27,7 +27,7 @@ def test_rows_come_back_from_memory_and_from_disk(limit):
     index = torch.tensor([9, 0, 3])
     assert torch.equal(made.read(index, CPU), 2 * source().rows[index])
     assert torch.equal(made.read(slice(2, 5), CPU), 2 * source().rows[2:5])
-    assert (made.path is not None) == (limit == 0)
+    assert isinstance(made, Spilled) == (limit == 0)
     assert budget.spilled == (240 if limit == 0 else 0)
     budget.close()
 
@@ -37,13 +37,12 @@ def test_memory_is_counted_and_given_back():
     first, second = make(budget), make(budget)
     assert budget.used == 480
     third = make(budget)
-    assert third.path is not None
-    assert Path(third.path).exists()
+    assert third.path.stat().st_size == 240
     first.free()
     assert budget.used == 240
-    assert make(budget).path is None
+    assert isinstance(make(budget), Cache)
     third.free()
-    assert not Path(third.path).exists()
+    assert not third.path.exists()
     second.free()
     budget.close()
 
@@ -61,3 +60,17 @@ def test_files_go_with_the_budget():
     assert folder.exists()
     budget.close()
     assert not folder.exists()
+
+
+def test_a_spilled_cache_takes_no_memory_and_leaves_no_file_open(tmp_path):
+    from dfqc.compiler import machine
+
+    budget, rows = Budget(0, tmp_path), Cache(torch.ones(64, 250_000), Budget())
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    before = machine.current_rss()
+    made = fill(budget, lambda x: x, rows, batch=4, device=CPU, dtype=torch.float32)
+    assert machine.current_rss() - before < 32 << 20  # of 64 MB
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+    assert made.path.stat().st_size == 64_000_000
+    assert made.path.is_relative_to(tmp_path)
+    budget.close()

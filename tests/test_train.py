@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def rows(value):
-    return Cache(value, Budget(), 0, None)
+    return Cache(value, Budget())
 
 
 def unit(kind=SoftRounding, rounding="soft", **options):

@@ -29,6 +29,7 @@ from dfqc.compiler.contracts import CalibSet, Progress, QTensor, QuantState, sil
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.moments import folded_inputs, folded_moments
 from dfqc.compiler.passes._empirical import empirical_biases
+from dfqc.compiler.quantize.rtn import smallest_weight_scale
 from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import LayerPlan
 
@@ -190,7 +191,11 @@ def restandardize(graph: Graph, unfolded: Graph, state: QuantState) -> QuantStat
         factor = (wanted / found.clamp_min(1e-30)).sqrt().clamp(0.5, 2.0)
         factor = torch.where((wanted > 0) & (found > 0), factor, 1.0).float()
         old = weights[layer.name]
-        weights[layer.name] = dataclasses.replace(old, scale=old.scale * factor)
+        scale = old.scale * factor
+        bias = state.biases.get(layer.name)
+        if layer.input is not None and bias is not None:  # the bias must still fit into int32
+            scale = scale.maximum(smallest_weight_scale(bias, state.acts[layer.input].scale))
+        weights[layer.name] = dataclasses.replace(old, scale=scale)
     return dataclasses.replace(state, weights=weights)
 
 

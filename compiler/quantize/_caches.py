@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +18,23 @@ class Budget:
     """What all caches together may hold in memory, in bytes; None: everything."""
 
     limit: int | None = None
+    folder: Path | None = None  # where files go; None: the system's temporary folder
     used: int = 0
     spilled: int = 0  # bytes that went to disk, for the record
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
-    def allocate(self, rows: int, shape: Sequence[int], dtype: torch.dtype) -> Cache:
+    def allocate(self, rows: int, shape: Sequence[int], dtype: torch.dtype) -> Cache | Spilled:
         """Return an empty cache of `rows` times `shape`, in memory if it still fits."""
         size = rows * torch.Size(shape).numel() * dtype.itemsize
         if self.limit is None or self.used + size <= self.limit:
             self.used += size
-            return Cache(torch.empty(rows, *shape, dtype=dtype), self, size, None)
+            return Cache(torch.empty(rows, *shape, dtype=dtype), self, size)
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="dfqc-cache-")
+            self._folder = tempfile.TemporaryDirectory(prefix="dfqc-cache-", dir=self.folder)
         self.spilled += size
-        path = Path(tempfile.mkstemp(dir=self._folder.name)[1])
-        flat = torch.from_file(
-            str(path), shared=True, size=rows * torch.Size(shape).numel(), dtype=dtype
-        )
-        return Cache(flat.view(rows, *shape), self, 0, path)
+        handle, name = tempfile.mkstemp(dir=self._folder.name)
+        os.close(handle)
+        return Spilled(Path(name), rows, tuple(shape), dtype)
 
     def close(self) -> None:
         """Delete the files."""
@@ -45,28 +45,71 @@ class Budget:
 
 @dataclass
 class Cache:
-    """One activation of all images, (rows, ...)."""
+    """One activation of all images in memory, (rows, ...)."""
 
     rows: Tensor
     budget: Budget
-    in_memory: int
-    path: Path | None
+    size: int = 0
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.rows)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Store rows from `start` on."""
+        self.rows[start : start + len(values)] = values.to("cpu", self.rows.dtype)
 
     def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
         """Return some rows as float32 on `device`."""
         return self.rows[index].to(device, torch.float32)
 
     def free(self) -> None:
-        """Give the memory or the file back."""
-        self.budget.used -= self.in_memory
-        self.in_memory = 0
+        """Give the memory back."""
+        self.budget.used -= self.size
+        self.size = 0
         self.rows = self.rows[:0].clone()
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class Spilled:
+    """One activation of all images in a file, read and written by rows.
+
+    Not mapped into memory: pages of a mapping count as memory of the process.
+    """
+
+    path: Path
+    count: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self.count
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Store rows from `start` on."""
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(start * self._row)
+            file.write(values.to("cpu", self.dtype).contiguous().numpy().tobytes())
+
+    def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
+        """Return some rows as float32 on `device`."""
+        numbers = torch.arange(self.count)[index]
+        values = torch.empty(len(numbers), *self.shape, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            for place, number in enumerate(numbers.tolist()):
+                file.seek(number * self._row)
+                data = bytearray(file.read(self._row))
+                values[place] = torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+        return values.to(device, torch.float32)
+
+    def free(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def _row(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Source(Protocol):
@@ -89,14 +132,14 @@ def fill(
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> Cache:
+) -> Cache | Spilled:
     """Return a cache of `function` applied to all rows of `source`, batch by batch."""
-    made: Cache | None = None
+    made: Cache | Spilled | None = None
     with torch.no_grad():
         for start in range(0, len(source), batch):
             value = function(source.read(slice(start, start + batch), device))
             if made is None:
                 made = budget.allocate(len(source), value.shape[1:], dtype)
-            made.rows[start : start + len(value)] = value.to("cpu", dtype)
+            made.write(start, value)
     assert made is not None
     return made

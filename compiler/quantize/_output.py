@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
+from dfqc.compiler.quantize._caches import Budget, Cache, Spilled
 from dfqc.compiler.quantize._stream import Rows
 from dfqc.compiler.quantize._train import UnitData
 from dfqc.compiler.quantize._units import Unit
@@ -32,7 +32,12 @@ class Tail:
 
 
 def make_tail(
-    run: Run, unit: Unit, network: Network, region: fx.GraphModule, data: UnitData
+    run: Run,
+    unit: Unit,
+    network: Network,
+    region: fx.GraphModule,
+    data: UnitData,
+    budget: Budget,
 ) -> Tail:
     """Return the loss terms that the options ask for."""
     options = run.options
@@ -43,7 +48,7 @@ def make_tail(
     tail = network.float_region(unit.exit, result.name)
     weighting = None
     if options.weighting == "fisher":
-        weighting = _fisher_weights(region, tail, data, options.pass_size, run.device)
+        weighting = _fisher_weights(region, tail, data, budget, options.pass_size, run.device)
     penalty = None
     if options.output_weight:
         penalty = _output_penalty(
@@ -67,41 +72,27 @@ def _output_penalty(
 
 
 def divergence(wanted: Tensor, found: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean KL(softmax(wanted / T) || softmax(found / T)) over the images.
+    """Return the mean KL(softmax(wanted / T) || softmax(found / T)), classes on axis 1.
 
     Of an output with one number per image, the mean squared difference.
     """
-    if wanted.flatten(1).shape[1] < 2:
+    if wanted.dim() < 2 or wanted.shape[1] < 2:
         return (found - wanted).square().mean()
-    return F.kl_div(
-        (found / temperature).flatten(1).log_softmax(1),
-        (wanted / temperature).flatten(1).log_softmax(1),
-        reduction="batchmean",
-        log_target=True,
-    )
-
-
-@dataclass
-class _Held:
-    """Rows that are simply held."""
-
-    rows: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
-        return self.rows[index].to(device, torch.float32)
-
-    def free(self) -> None:
-        self.rows = self.rows[:0]
+    exact = (wanted / temperature).log_softmax(1)
+    terms = exact.exp() * (exact - (found / temperature).log_softmax(1))
+    return terms.sum(1).mean()
 
 
 def _fisher_weights(
-    region: fx.GraphModule, tail: fx.GraphModule, data: UnitData, batch: int, device: torch.device
+    region: fx.GraphModule,
+    tail: fx.GraphModule,
+    data: UnitData,
+    budget: Budget,
+    batch: int,
+    device: torch.device,
 ) -> Rows:
     """Return |dKL/d(unit's output)| + 1 of every image, in half precision."""
-    parts = []
+    held: Cache | Spilled | None = None
     for start in range(0, len(data.quantized), batch):
         rows = slice(start, start + batch)
         with torch.no_grad():
@@ -110,5 +101,9 @@ def _fisher_weights(
         output = output.detach().requires_grad_()
         loss = len(output) * divergence(wanted, tail(output))
         (slope,) = torch.autograd.grad(loss, output)
-        parts.append((slope.abs() + 1).to("cpu", torch.float16))
-    return _Held(torch.cat(parts))
+        weights = slope.abs() + 1
+        if held is None:
+            held = budget.allocate(len(data.quantized), weights.shape[1:], torch.float16)
+        held.write(start, weights)
+    assert held is not None
+    return held

@@ -103,7 +103,7 @@ class Run:
         last = 0 if all_wide(self.plan) else self.options.tune_iterations
         clock = Clock.of(self.graph, self.plan, units, counts, last=last, seconds=seconds)
         report = Report(progress, sum(counts) * len(units) + last)
-        budget = Budget(cache_bytes(supplies.memory_bytes))
+        budget = Budget(cache_bytes(supplies.memory_bytes), supplies.scratch)
         states, decisions = dict(self.ready), list[Decision]()
         try:
             for number, one in enumerate(passes):
@@ -111,7 +111,9 @@ class Run:
                     self.graph, self._start(states), self.device, self.options.relative
                 )
                 network.quantize_acts(one.acts)
-                trainer = _Trainer(self, one, clock, report, self.seed + _SEED_STEP * number)
+                trainer = _Trainer(
+                    self, one, clock, report, budget, self.seed + _SEED_STEP * number
+                )
                 walker = Walker(
                     network,
                     blocks,
@@ -123,15 +125,19 @@ class Run:
                     supplies.checkpoint,
                     {"pass": one.name},
                     self.options.keep_best,
+                    name=one.name,
+                    skipped=trainer.skip,
                 )
                 states = {one.name: walker.run()}
                 decisions += walker.decisions
             (state,) = states.values()
             notes = _notes(decisions, budget)
+            notes["shortened"] |= any(s.info.get("shortened", False) for s in self.ready.values())
             candidates = {"reconstructed": state}
             if last:
                 tuned, notes["tuned"] = self._tune(state, budget, clock, report, supplies)
                 candidates["tuned"] = tuned
+                notes["shortened"] |= notes["tuned"]["shortened"]
         finally:
             budget.close()
         return candidates, notes
@@ -170,7 +176,7 @@ class Run:
         return states[next(name for name in names if name in states)]
 
     def _stream(self, images: Tensor, budget: Budget) -> Stream:
-        source = Cache(images, budget, 0, None)
+        source = Cache(images, budget)
         return Stream(source, budget, self.options.cache, self.options.pass_size, self.device)
 
 
@@ -214,6 +220,7 @@ class _Trainer:
     one: Pass
     clock: Clock
     report: Report
+    budget: Budget
     seed: int
 
     def __call__(
@@ -222,14 +229,15 @@ class _Trainer:
         """Return what was learned, in steps on the way, and notes on how."""
         run, one = self.run, self.one
         if reason := self._reason_to_skip(unit, network, acts, number):
-            self.clock.skip(unit)
-            self.report.finish(one.train.iterations)
+            self.skip(unit)
             return {}, {"skipped": reason}
         rng = torch.Generator(run.device).manual_seed(self.seed + number)
         layers = self._learn(unit, network) if one.weights else None
+        if layers is None:  # steps of activations alone: on weights that are decided
+            network.apply(UnitState.of(network.state, unit.layers, acts))
         region = network.region(unit.entry, unit.exit)
         grids = self._grids(network, acts) if one.acts else []
-        tail = _output.make_tail(run, unit, network, region, data)
+        tail = _output.make_tail(run, unit, network, region, data, self.budget)
         rows = dataclasses.replace(data, weighting=tail.weighting)
         seconds = self.clock.grant(unit)
         states: dict[str, UnitState] = {}
@@ -252,7 +260,14 @@ class _Trainer:
                 found = {name: network.grids[name].qparams() for name in acts}
                 states[phase.name] = dataclasses.replace(kept, acts=found)
             notes[phase.name] = dataclasses.asdict(trained)
+        if tail.weighting is not None:
+            tail.weighting.free()
         return states, notes
+
+    def skip(self, unit: Unit) -> None:
+        """Count a unit as done that was found ready."""
+        self.clock.skip(unit)
+        self.report.finish(self.one.train.iterations)
 
     def _learn(self, unit: Unit, network: Network) -> UnitLayers:
         """Put layers whose weight is learned in the place of the unit's."""

@@ -109,7 +109,8 @@ def train_unit(
     for grid in grids:
         grid.masks = masks
     steps = Steps(options.iterations, seconds)
-    losses: list[Tensor] = []
+    # Written in place: thousands of small tensors among large ones would tear memory to pieces.
+    losses = torch.zeros(options.iterations, device=device)
     for index in _batches(len(data.exact), options.batch_size, steps, rng):
         if masks is not None and steps.fraction >= options.drop_until:
             masks = None
@@ -125,7 +126,7 @@ def train_unit(
         loss = options.error_weight * error.sum(1).mean()
         if penalty is not None:
             loss = loss + penalty(output, index)
-        losses.append(loss.detach())
+        losses[steps.done] = loss.detach()
         if options.round_weight and steps.fraction >= options.warm_up:
             power = _power(steps.fraction, options)
             soft = [layer for layer in layers if isinstance(layer, SoftRounding)]
@@ -147,12 +148,12 @@ def train_unit(
         grid.masks = None
     after = [layer.quantized().codes for layer in layers]
     flips = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
-    few = max(1, len(losses) // 20)
+    few = max(1, steps.done // 20)
     return Trained(
         steps.done,
         steps.shortened,
-        float(torch.stack(losses[:few]).mean()),
-        float(torch.stack(losses[-few:]).mean()),
+        losses[:few].mean().item(),
+        losses[steps.done - few : steps.done].mean().item(),
         flips / max(1, sum(codes.numel() for codes in after)),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -141,6 +141,7 @@ class Network:
 class Decision:
     """What was kept for one unit: errors on held-out images, and the name of the smallest."""
 
+    walk: str
     unit: str
     layers: tuple[str, ...]
     winner: str
@@ -162,9 +163,11 @@ class Walker:
     checkpoint: Checkpoint
     part: Mapping[str, Any]  # what the parts depend on beside the stage's own options
     keep_best: bool = True
+    name: str = "joint"
+    skipped: Callable[[Unit], None] = lambda unit: None  # called for a unit that was found ready
     decided: dict[str, UnitState] = field(default_factory=dict, init=False)
     decisions: list[Decision] = field(default_factory=list, init=False)
-    _settled: set[str] = field(default_factory=set, init=False)
+    _settled: set[int] = field(default_factory=set, init=False)
 
     def run(self) -> QuantState:
         """Decide all units and return the whole state."""
@@ -182,7 +185,10 @@ class Walker:
         """Make or find a unit's state, and go on with it."""
         acts = self._new_grids(unit)
 
+        made: list[Unit] = []
+
         def make() -> tuple[UnitState, dict[str, str]]:
+            made.append(unit)
             state, decision = self._choose(unit, block, number, acts)
             return state, {"decision": json.dumps(dataclasses.asdict(decision))}
 
@@ -191,16 +197,21 @@ class Walker:
 
         part = {**self.part, "unit": unit.name, "number": number}
         state, notes = self.checkpoint(part, make, save, load_unit)
+        if not made:
+            self.skipped(unit)
         fields = json.loads(notes["decision"])
         self.decisions.append(Decision(**{**fields, "layers": tuple(fields["layers"])}))
         self.network.apply(state)
         self.decided[unit.name] = state
-        self._settled.update(state.acts)
+        self._settled.update(id(self.network.grids[name]) for name in state.acts)
 
     def _new_grids(self, unit: Unit) -> list[str]:
         """Return the quantizers that this unit is the first to pass through."""
         region = self.network.region(unit.entry, unit.exit)
-        return [name for name in self.network.grids_in(region) if name not in self._settled]
+        grids = self.network.grids
+        # By module: tied quantizers repeat one grid, which is decided once.
+        names = self.network.grids_in(region)
+        return [name for name in names if id(grids[name]) not in self._settled]
 
     def _choose(
         self, unit: Unit, block: Block, number: int, acts: Sequence[str]
@@ -216,7 +227,7 @@ class Walker:
             winner = min(errors, key=lambda name: errors[name])
         else:
             errors, winner = {}, list(learned or states)[-1]
-        return states[winner], Decision(unit.name, unit.layers, winner, errors, notes)
+        return states[winner], Decision(self.name, unit.name, unit.layers, winner, errors, notes)
 
     def _judge(self, unit: Unit, block: Block, states: Mapping[str, UnitState]) -> dict[str, float]:
         """Return the held-out error of every candidate of a unit."""

@@ -88,7 +88,7 @@ _JUDGE_SHARE = 4  # without held-out images, every fourth calibration image judg
 def count_passes(options: Options, samples: int) -> float:
     """Return the images that go through the network: every unit sees its part of them."""
     ready = gptq.count_passes(gptq.Options.model_validate({}), samples) + _JUDGING * samples
-    iterations = sum(one.train.iterations for one in plan_passes(options))
+    iterations = sum(one.train.iterations for one in plan_passes(options)) + options.tune_iterations
     return ready + _TRAINING * iterations * min(options.batch_size, samples)
 
 
@@ -151,7 +151,8 @@ def reconstruct(
     start = time.monotonic()
     graph = on_device(graph, device)
     images, judge = _split(calib.images, supplies.held_out)
-    ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
+    seen = dataclasses.replace(calib, images=images)  # what judges is not fitted to
+    ready = _ready(graph, seen, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
     run = Run(graph, plan, options, images, judge, ready, rng.initial_seed(), device)
     learned, notes = run.all_passes(progress, supplies, left)
