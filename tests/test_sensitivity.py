@@ -23,7 +23,10 @@ def measure(net, images, chunks=1, widths=WIDTHS):
 
 
 def run_whole(graph, plan, name, weight, images):
-    """Run the network from the image on with one layer's weight and a bias that undoes its mean."""
+    """Run the network from the image on with one layer's weight and a bias that undoes its mean.
+
+    A mean over a few positions would be the change itself; that of those stays.
+    """
     node = plan.layers[name].node
     exact = outputs(graph, node, images)
     changed = copy_graph(graph)
@@ -32,6 +35,8 @@ def run_whole(graph, plan, name, weight, images):
     moved = outputs(changed, node, images)
     axis = 1 if moved.ndim == 4 else moved.ndim - 1
     mean = (moved - exact).mean([d for d in range(moved.ndim) if d != axis])
+    if moved.numel() // len(mean) < sensitivity.MEAN_OF:
+        mean = torch.zeros_like(mean)
     bias = torch.zeros(len(mean)) if layer.bias is None else layer.bias.detach()
     layer.bias = torch.nn.Parameter(bias - mean, requires_grad=False)
     with torch.no_grad():
