@@ -177,7 +177,9 @@ def quantize(case: Case, plan: Plan, method: str, effort: str) -> QuantState:
         *(case.graph, case.calib, plan, plugin_options(plugin, name, effort, overrides)),
         rng=torch.Generator().manual_seed(0),
         device=CPU,
-        supplies=QuantizerSupplies(unfolded=case.unfolded, held_out=case.judges),
+        supplies=QuantizerSupplies(
+            unfolded=case.unfolded, held_out=case.held_out, fitting=case.judges
+        ),
     )
     return bias.correct(
         *(case.graph, case.unfolded, state, case.calib),

@@ -221,7 +221,8 @@ def quantize(context: Context) -> QuantState:
     plugin = plugins.load("quantizer", recipe.quantizer)
     supplies = QuantizerSupplies(
         unfolded=unfolded,
-        held_out=fitting_part(context.value("holdout"), batch_norm=has_batch_norm(unfolded)),
+        held_out=context.value("holdout").images,
+        fitting=fitting_part(context.value("holdout"), batch_norm=has_batch_norm(unfolded)),
         memory_bytes=recipe.memory_bytes,
         seconds=context.share_of_time(_QUANTIZE_SHARE),
         checkpoint=context.checkpoint,

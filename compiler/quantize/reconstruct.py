@@ -154,7 +154,8 @@ def reconstruct(
     seen = dataclasses.replace(calib, images=images)  # what judges is not fitted to
     ready = _ready(graph, seen, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
-    run = Run(graph, plan, options, images, judge, ready, rng.initial_seed(), device)
+    units = judge if supplies.fitting is None else supplies.fitting
+    run = Run(graph, plan, options, images, units, ready, rng.initial_seed(), device)
     learned, notes = run.all_passes(progress, supplies, left)
     state = list(learned.values())[-1]
     info = {"quantizer": name, "start": options.start, **notes}
@@ -220,7 +221,11 @@ def _ready(
 def _keep_best(
     graph: Graph, states: Mapping[str, QuantState], judge: Tensor, device: torch.device
 ) -> tuple[QuantState, dict[str, float]]:
-    """Return the state whose network is nearest to the float one on held-out images."""
+    """Return the state whose network is nearest to the float one on held-out images.
+
+    On all of them, noise too: what was learned on synthetic images and does not carry over even
+    to those is not trusted with real ones.
+    """
     scores = {
         name: bias.output_distance(graph, state, judge, device=device)
         for name, state in states.items()
