@@ -43,12 +43,6 @@ def channel_view(values: Tensor, ndim: int, axis: int | None) -> Tensor:
     return values.view(shape)
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, scheme: QScheme) -> QTensor:
-    """Round a weight to int8 codes; `scale` is (channels,) for a per-channel scheme."""
-    view = channel_view(scale, weight.dim(), scheme.axis)
-    return QTensor(quantize(weight, view, 0, scheme).to(torch.int8), scale)
-
-
 def round_to_grid(weight: Tensor, grid: WeightGrid, axis: int) -> QTensor:
     """Round a weight to the nearest codes of its channels' grids; `axis` is the channel axis."""
     scale, low = (channel_view(v, weight.dim(), axis) for v in (grid.scale, grid.low))

@@ -131,3 +131,15 @@ def labelled_by_float(workspace):
 
 SLOW = ("--samples", "12", "--synth-option", "batch_size=2", "--synth-option", "iterations=150",
         "--effort", "quick", "--threads", "1")  # fmt: skip
+
+
+def asset_flags(assets: Path, name: str) -> tuple[Any, ...]:
+    """Return the arguments that name a network of the test assets."""
+    home = assets / "models" / name
+    info = json.loads((home / "info.json").read_text())
+    (code,) = home.glob("*.py")
+    size = info["input_size"]
+    return (
+        home / "weights.pt", "--arch", f"{code}:build", "--input-size", f"3x{size}x{size}",
+        "--mean", ",".join(map(str, info["mean"])), "--std", ",".join(map(str, info["std"])),
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 import numerics
 from dfqc.compiler import affine
+from dfqc.compiler.contracts import WeightGrid
 from dfqc.compiler.spec import QScheme
 
 ONNX_TYPES = {
@@ -152,6 +153,12 @@ def test_a_range_that_is_not_finite_is_refused(bad):
         affine.affine_qparams(*bad, QScheme(8, False, False))
 
 
+def symmetric(scale, bits):
+    """The grids of channels that use all signed codes of `bits` bits."""
+    steps = torch.from_numpy(scale).float()
+    return WeightGrid(steps, torch.full_like(steps, -(2 ** (bits - 1))), 2**bits)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_are_rounded_per_channel(axis, bits):
@@ -159,17 +166,15 @@ def test_weights_are_rounded_per_channel(axis, bits):
     weight = rng.normal(size=(6, 4, 3, 3)).astype(np.float32)
     scale = rng.uniform(0.01, 0.2, weight.shape[axis]).astype(np.float32)
     expected, real = onnx_quantize(weight, scale, 0, ONNX_TYPES[bits, True], axis)
-    scheme = QScheme(bits, True, True, axis)
-    found = affine.quantize_weight(torch.from_numpy(weight), torch.from_numpy(scale), scheme)
+    found = affine.round_to_grid(torch.from_numpy(weight), symmetric(scale, bits), axis)
     assert found.codes.dtype == torch.int8
     np.testing.assert_array_equal(found.codes.numpy(), expected)
     np.testing.assert_array_equal(affine.dequantize_weight(found, axis).numpy(), real)
 
 
 def test_four_bit_codes_fit_the_packed_type():
-    scheme = QScheme(4, True, True, 0)
     weight = torch.linspace(-3, 3, 64).view(2, 32)
-    codes = affine.quantize_weight(weight, torch.tensor([0.1, 0.4]), scheme).codes.numpy()
+    codes = affine.round_to_grid(weight, symmetric(np.array([0.1, 0.4]), 4), 0).codes.numpy()
     assert (codes.min(), codes.max()) == (-8, 7)
     np.testing.assert_array_equal(codes.astype(ml_dtypes.int4).astype(np.int8), codes)
 

@@ -4,27 +4,16 @@ import json
 
 import pytest
 
-from command import run
+from command import asset_flags, run
 
 pytestmark = pytest.mark.slow
 
 NET, OTHER = "resnet20_cifar10", "resnet8_cifar10"
 
 
-def flags(assets, name):
-    home = assets / "models" / name
-    info = json.loads((home / "info.json").read_text())
-    (code,) = home.glob("*.py")
-    size = info["input_size"]
-    return (
-        home / "weights.pt", "--arch", f"{code}:build", "--input-size", f"3x{size}x{size}",
-        "--mean", ",".join(map(str, info["mean"])), "--std", ",".join(map(str, info["std"])),
-    )  # fmt: skip
-
-
 def member(assets, name, folder):
     """Write a network of the zoo as the recipe that names it."""
-    model, *rest = flags(assets, name)
+    model, *rest = asset_flags(assets, name)
     keys = {"model": str(model)} | {k[2:]: v for k, v in zip(rest[::2], rest[1::2], strict=True)}
     path = folder / f"{name}.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
@@ -35,7 +24,7 @@ def member(assets, name, folder):
 def test_images_are_as_near_to_the_statistics_as_real_ones(assets, shared, capsys, method):
     zoo = ("--zoo", member(assets, OTHER, shared.root)) if method == "mixmix" else ()
     done = run(
-        capsys, shared, "synth", *flags(assets, NET), "--method", method, *zoo,
+        capsys, shared, "synth", *asset_flags(assets, NET), "--method", method, *zoo,
         "--effort", "quick", "-o", shared.root / f"{method}.safetensors", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -48,7 +37,7 @@ def test_images_are_as_near_to_the_statistics_as_real_ones(assets, shared, capsy
 
 def test_noise_is_warned_of(assets, shared, capsys):
     done = run(
-        capsys, shared, "synth", *flags(assets, NET), "--method", "noise", "--samples", "64",
+        capsys, shared, "synth", *asset_flags(assets, NET), "--method", "noise", "--samples", "64",
         "-o", shared.root / "noise.safetensors", "--json",
     )  # fmt: skip
     assert len(done.json["quality"]["warnings"]) >= 2

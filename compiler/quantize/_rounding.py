@@ -8,6 +8,7 @@ learned beside it (Genie-M, Jeon et al. 2023: joint step size and rounding). Fle
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class Units:
     bias: Tensor
 
 
-class LearnedWeight(nn.Module):
+class LearnedWeight(nn.Module, abc.ABC):
     """A convolution or linear layer whose weight is on its way to its grid.
 
     `soft` tells whether the weight is between codes (while it is trained) or on them.
@@ -54,18 +55,14 @@ class LearnedWeight(nn.Module):
         self.register_buffer("low", grid.low.to(device).view(shape))
         self.register_buffer("least", (torch.zeros(1) if least is None else least).to(device))
         scale = grid.scale.to(device).view(shape)
-        ones = torch.ones_like(scale.flatten())
-        of_scale, of_bias = (
-            (scale, ones) if units is None else (units.scale.view(shape), units.bias)
-        )
-        if units is None:
-            of_scale = torch.ones_like(scale)
-        self.register_buffer("scale_unit", of_scale.to(device))
-        self.register_buffer("bias_unit", of_bias.to(device))
-        self.scale_ratio = nn.Parameter(scale / of_scale.to(device), requires_grad=False)
+        ones = torch.ones_like(grid.scale)
+        units = units or Units(ones, ones)
+        self.register_buffer("scale_unit", units.scale.to(device).view(shape))
+        self.register_buffer("bias_unit", units.bias.to(device))
+        self.scale_ratio = nn.Parameter(scale / self.scale_unit, requires_grad=False)
         self.bias_ratio = None
         if layer.bias is not None:
-            self.bias_ratio = nn.Parameter(layer.bias.detach() / of_bias.to(device))
+            self.bias_ratio = nn.Parameter(layer.bias.detach() / self.bias_unit)
         self.low: Tensor
         self.least: Tensor
         self.scale_unit: Tensor
@@ -81,9 +78,9 @@ class LearnedWeight(nn.Module):
         """Return the bias, (channels,)."""
         return None if self.bias_ratio is None else self.bias_ratio * self.bias_unit
 
+    @abc.abstractmethod
     def codes(self) -> Tensor:
         """Return the weight in steps: codes once it is hard, between codes while it is soft."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for `x` with the learned weight."""

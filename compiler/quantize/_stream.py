@@ -9,22 +9,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, fx
 
-from dfqc.compiler.quantize._caches import Budget, Cache, fill
+from dfqc.compiler.quantize._caches import Budget, Cache, Source, fill
 
 CacheKind = Literal["float32", "float16", "recompute"]
 Function = Callable[[Tensor], Tensor]
 
 
-class Rows(Protocol):
+class Rows(Source, Protocol):
     """One activation of many images."""
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        ...
-
-    def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
-        """Return some rows as float32."""
-        ...
 
     def free(self) -> None:
         """Give the memory back."""

@@ -32,9 +32,6 @@ class TrainOptions(BaseModel):
         "mixed", description="of the unit: as the quantized layers before it give, float, or drawn"
     )
     drop: float = Field(0.5, ge=0, lt=1, description="share of elements left unquantized (QDrop)")
-    drop_until: float = Field(
-        1.0, ge=0, le=1, description="share of the iterations with dropping; all quantized after it"
-    )
     error_weight: float = Field(1.0, ge=0, description="of the error; 0 leaves only `penalty`")
     norm: float = Field(2.0, gt=0, description="of the error")
     round_weight: float = Field(1.0, ge=0, description="weight of the loss that decides rounding")
@@ -112,10 +109,6 @@ def train_unit(
     # Written in place: thousands of small tensors among large ones would tear memory to pieces.
     losses = torch.zeros(options.iterations, device=device)
     for index in _batches(len(data.exact), options.batch_size, steps, rng):
-        if masks is not None and steps.fraction >= options.drop_until:
-            masks = None
-            for grid in grids:
-                grid.masks = None
         x, target = _inputs(data, index, options, masks, device)
         output = region(x)
         difference = output - target

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dfqc.compiler.contracts import QParams, QTensor, QuantState
 from dfqc.compiler.graph import Block, Graph, blocks
@@ -121,12 +121,6 @@ def _activation_end(node: fx.Node, block: Block) -> str:
             break
         end = user
     return end.name
-
-
-def find_modules(region: fx.GraphModule) -> list[nn.Module]:
-    """Return the modules that a region calls, in order."""
-    calls = [str(n.target) for n in region.graph.nodes if n.op == "call_module"]
-    return [region.get_submodule(name) for name in dict.fromkeys(calls)]
 
 
 def save_unit(state: UnitState, notes: Mapping[str, str], folder: Path) -> None:

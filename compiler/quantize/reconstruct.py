@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -75,6 +75,23 @@ class Options(TrainOptions):
     pass_size: int = Field(64, ge=1, description="images per pass without gradients")
 
 
+class Published(Options):
+    """The loop as its papers share it; each of them sets the rest."""
+
+    rounding: Literal["soft", "flex"] = "soft"
+    relative: bool = False
+    skip_wide: bool = False
+    least_layers: int = Field(1, ge=1)
+    step_share: float = Field(0.0, ge=0, lt=1)
+    tune_iterations: int = Field(0, ge=0)
+    start: Literal["closed", "nearest"] = "nearest"
+    iterations: int = Field(20_000, ge=1, description="per block")
+    lr_rounding: float = Field(1e-3, ge=0)
+    lr_weight_scale: float = Field(0.0, ge=0)
+    lr_act_scale: float = Field(0.0, ge=0)
+    lr_bias: float = Field(0.0, ge=0)
+
+
 PRESETS: dict[str, dict[str, object]] = {
     "quick": {"iterations": 250},
     "standard": {"iterations": 1000, "tune_iterations": 300},
@@ -106,36 +123,44 @@ def count_bytes(options: Options, graph: Graph, samples: int) -> int:
     return max(closed, min(cache_bytes(None), width * samples * max(values, default=0)))
 
 
-def quantize(
-    graph: Graph,
-    calib: CalibSet,
-    plan: Plan,
-    options: Options,
-    *,
-    rng: torch.Generator,
-    device: torch.device,
-    progress: Progress = silent,
-    supplies: QuantizerSupplies = QuantizerSupplies(),
-) -> QuantState:
-    """Learn rounding, weight steps, activation steps and biases block by block.
+def named(name: str) -> Callable[..., QuantState]:
+    """Return `quantize` of a plug-in that runs this loop under its own name and options."""
 
-    Args:
-        graph: folded graph.
-        calib: images (n, c, h, w) in normalized space.
-        plan: what each layer and tensor gets.
-        options: the method.
-        rng: its seed is that of every unit's own generator.
-        device: where everything runs.
-        progress: called per iteration.
-        supplies: held-out images, time, memory; finished units are kept as checkpoints.
+    def quantize(
+        graph: Graph,
+        calib: CalibSet,
+        plan: Plan,
+        options: Options,
+        *,
+        rng: torch.Generator,
+        device: torch.device,
+        progress: Progress = silent,
+        supplies: QuantizerSupplies = QuantizerSupplies(),
+    ) -> QuantState:
+        """Learn rounding, weight steps, activation steps and biases block by block.
 
-    Raises:
-        UsageError: options that exclude each other.
-    """
-    return reconstruct("reconstruct", graph, calib, plan, options, rng, device, progress, supplies)
+        Args:
+            graph: folded graph.
+            calib: images (n, c, h, w) in normalized space.
+            plan: what each layer and tensor gets.
+            options: the method.
+            rng: its seed is that of every unit's own generator.
+            device: where everything runs.
+            progress: called per iteration.
+            supplies: held-out images, time, memory; finished units are kept as checkpoints.
+
+        Raises:
+            UsageError: options that exclude each other.
+        """
+        return _reconstruct(name, graph, calib, plan, options, rng, device, progress, supplies)
+
+    return quantize
 
 
-def reconstruct(
+quantize = named("reconstruct")
+
+
+def _reconstruct(
     name: str,
     graph: Graph,
     calib: CalibSet,
@@ -146,7 +171,7 @@ def reconstruct(
     progress: Progress,
     supplies: QuantizerSupplies,
 ) -> QuantState:
-    """Run the loop under the name of one of its presets; see `quantize`."""
+    """Run the loop; see `named`."""
     _check(options)
     start = time.monotonic()
     graph = on_device(graph, device)
