@@ -146,8 +146,8 @@ class QuantizerSupplies:
         unfolded: the same model with its batch norms, for methods that read their statistics.
         held_out: images (n, c, h, w) made in another way: nothing is fitted to them, they choose
             between results. None: a part of the calibration set is put aside for that.
-        fitting: those of them that look like the model's data, to choose between units by; None:
-            all of them.
+        fitting: how many of them, from the first on, look like the model's data, as far as can be
+            told; None: all of them.
         memory_bytes: what the run may use in all; caches spill to disk beyond their share.
         seconds: wall-clock the quantizer may take. It does less work where the planned does not
             fit, and then sets `shortened` in its info to True. None: as long as it takes.
@@ -157,7 +157,7 @@ class QuantizerSupplies:
 
     unfolded: Graph | None = None
     held_out: torch.Tensor | None = None
-    fitting: torch.Tensor | None = None
+    fitting: int | None = None
     memory_bytes: int | None = None
     seconds: float | None = None
     checkpoint: Checkpoint = forgetful
