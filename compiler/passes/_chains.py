@@ -26,6 +26,7 @@ from dfqc.compiler.covariance import (
     kernel_products,
     mehler,
     output_covariance,
+    spatial_correlation,
 )
 from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import AVERAGING, Moments
@@ -336,25 +337,33 @@ def gather_patches(
     channels = signal.covariance((0, 0))
     count, rows = len(places), len(order)
     if rows * count > limit:
-        base = [[_separable(a, b) for b in places] for a in places]
-        return channels, torch.tensor(base, dtype=torch.float64), None
+        return channels, tap_correlation(places), None
+    shared = seen[:, 0].double()  # padding is the same for all channels
+    valid = (shared.mT @ shared) / len(shared)
     near = torch.empty(rows, count, rows, count, dtype=torch.float64)
     for i, (y, x) in enumerate(places):
         for j, (v, u) in enumerate(places):
-            near[:, i, :, j] = signal.covariance((v - y, u - x))
-    valid = seen[:, order].flatten(1).double()
+            near[:, i, :, j] = signal.covariance((v - y, u - x)) * valid[i, j]
     patches = mean[:, order].flatten(1)
-    flat = near.view(rows * count, rows * count) * (valid.mT @ valid / len(valid))
     centered = patches - patches.mean(0)
-    return channels, torch.eye(count, dtype=torch.float64), flat + centered.mT @ centered / len(
-        centered
-    )
+    flat = near.view(rows * count, rows * count)
+    flat += centered.mT @ centered / len(centered)
+    return channels, torch.eye(count, dtype=torch.float64), flat
 
 
-def _unused(left: Lag, right: Lag) -> float:
-    from dfqc.compiler.covariance import spatial_correlation
+def tap_correlation(places: list[Lag]) -> Tensor:
+    """Return the correlation of a channel between the places of a kernel's taps, (taps, taps)."""
+    rows = [
+        [spatial_correlation((a - c, b - d), "spatial") for c, d in places] for a, b in places
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
 
-    return spatial_correlation((left[0] - right[0], left[1] - right[1]), "spatial")
+
+def tap_places(layer: nn.Conv2d) -> list[Lag]:
+    """Return where the taps of a kernel lie, in pixels."""
+    dilation = pair(layer.dilation)
+    height, width = layer.kernel_size
+    return [(y * dilation[0], x * dilation[1]) for y in range(height) for x in range(width)]
 
 
 def _windows(
@@ -370,17 +379,15 @@ def _windows(
         places = [(i // width, i % width) for i in range(spread)]
         mean = maps.mean.reshape(-1, maps.mean.shape[-1] // spread, spread)
         return places, mean, torch.ones_like(mean, dtype=torch.bool)
-    dilation = pair(user.dilation)
-    height, width = user.kernel_size
-    places = [(y * dilation[0], x * dilation[1]) for y in range(height) for x in range(width)]
+    places = tap_places(user)
     opened = [
         F.unfold(
             F.pad(value, user._reversed_padding_repeated_twice),
             user.kernel_size,
-            dilation=dilation,
-            stride=pair(user.stride),
+            dilation=user.dilation,
+            stride=user.stride,
         )[0]
-        .mT.reshape(-1, value.shape[1], height * width)
+        .mT.reshape(-1, value.shape[1], len(places))
         for value in (maps.mean, (maps.var > 0).double())
     ]
     return places, opened[0], opened[1] > 0

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfqc.compiler._aten import pair
-from dfqc.compiler.covariance import spatial_correlation
 from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import Moments
-from dfqc.compiler.passes._chains import PatchMoments
+from dfqc.compiler.passes._chains import PatchMoments, tap_correlation, tap_places
 from dfqc.compiler.passes._layers import bias_or_zero, count_calls, norm_affine, readers
 from dfqc.compiler.passes._restoration import Filters
 
@@ -131,7 +129,7 @@ def predict_variance(
     var = maps.var.reshape(-1, maps.var.shape[-1]).mean(0)
     taps = torch.ones(1, 1, dtype=torch.float64)
     if isinstance(layer, nn.Conv2d):
-        var, taps = maps.var.mean((0, 2, 3)), _tap_correlation(layer)
+        var, taps = maps.var.mean((0, 2, 3)), tap_correlation(tap_places(layer))
         groups = layer.groups
         var = var.view(groups, 1, -1).expand(-1, len(before) // groups, -1)
         var = var.reshape(len(before), -1)
@@ -139,11 +137,3 @@ def predict_variance(
         flat = weight.flatten(2) if weight.dim() > 2 else weight[:, :, None]
         total += ((flat @ taps * flat).sum(2) * var * rest).sum(1)
     return totals[0], totals[1]
-
-
-def _tap_correlation(layer: nn.Conv2d) -> Tensor:
-    dilation = pair(layer.dilation)
-    height, width = layer.kernel_size
-    places = [(y * dilation[0], x * dilation[1]) for y in range(height) for x in range(width)]
-    rows = [[spatial_correlation((a - c, b - d), "spatial") for c, d in places] for a, b in places]
-    return torch.tensor(rows, dtype=torch.float64)

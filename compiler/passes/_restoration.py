@@ -50,7 +50,7 @@ def merge_neighbors(filters: Filters, keep: Tensor, gone: Tensor) -> Tensor:
     for column, j in enumerate(gone.tolist()):
         cosine = F.cosine_similarity(w[j][None], w[keep])
         ratio = w[j].norm() / w[keep].norm(dim=1).clamp_min(1e-30)
-        scale = ratio * (gamma[j] / gamma[keep]) * (sigma[keep] / sigma[j])
+        scale = ratio * (gamma[keep] / gamma[j]) * (sigma[j] / sigma[keep])
         shifted = ratio * (mu[j] - sigma[j] * beta[j] / gamma[j]) - mu[keep]
         bias = (gamma[keep] / sigma[keep] * shifted + beta[keep]).abs() / scale
         bias = torch.nan_to_num((bias - bias.min()) / (bias.max() - bias.min()))
