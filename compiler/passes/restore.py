@@ -101,6 +101,10 @@ class Restorer:
         self.original, self.work = graph, copy_graph(graph)
         self.keep, self.options = keep, options
         self.round_layer, self.mix = round_layer, mix
+        # The original with the rounding errors of the layers done so far. What pruning changed is
+        # left out: under an input model of independent channels a restored weight would look
+        # unlike the original, although that is what it restores.
+        self.noisy = graph if round_layer is None else copy_graph(graph)
         self.inputs = input_moments(graph)
         self.uses: dict[str, list[tuple[Group, Use]]] = defaultdict(list)
         self.skipped: list[str] = []
@@ -142,7 +146,10 @@ class Restorer:
         if rounded is not None:
             restored = layer.weight.detach().cpu().double()
             layer.weight = _parameter(rounded, layer.weight)
-            self._fix(path, layer, restored, rounded.cpu().double(), maps, outputs, [])
+            error = rounded.cpu().double() - restored
+            noisy = self.noisy.module.get_submodule(path)
+            noisy.weight = _parameter(exact + error, layer.weight)
+            self._fix(path, layer, restored, restored + error, maps, outputs, [])
 
     def _change_columns(
         self,
@@ -183,7 +190,7 @@ class Restorer:
         if chain is None or use.layer not in self.inputs:
             return None
         changed = self._is_changed(chain, keep)
-        rows = (Rows(self.original), Rows(self.work, keep)) if changed else (Rows(self.original),)
+        rows = (Rows(self.original), Rows(self.noisy, keep)) if changed else (Rows(self.original),)
         signal = follow_chain(chain, rows, self.inputs[chain.producer], self.options.inputs)
         maps = self.inputs[use.layer]
         if isinstance(layer, nn.Linear):
@@ -206,11 +213,13 @@ class Restorer:
 
     def _is_changed(self, chain: Chain, keep: Tensor) -> bool:
         """Report whether the channels that stay are made by other weights than they were."""
+        if self.noisy is self.original:
+            return False
         paths = [chain.producer, *(str(n.target) for n in chain.nodes if n.op == "call_module")]
         return any(
             not torch.equal(
                 cast(Tensor, self.original.module.get_submodule(p).weight)[keep],
-                cast(Tensor, self.work.module.get_submodule(p).weight)[keep],
+                cast(Tensor, self.noisy.module.get_submodule(p).weight)[keep],
             )
             for p in paths
             if isinstance(self.original.module.get_submodule(p), (nn.Conv2d, nn.Linear))
