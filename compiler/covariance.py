@@ -67,9 +67,7 @@ def hermite(target: Any, args: tuple[Any, ...], mean: Tensor, std: Tensor) -> Te
     raise ValueError(f"no moments of {target}")
 
 
-def activation_moments(
-    target: Any, args: tuple[Any, ...], mean: Tensor, std: Tensor
-) -> Moments:
+def activation_moments(target: Any, args: tuple[Any, ...], mean: Tensor, std: Tensor) -> Moments:
     """Return mean and variance behind the activation; arguments as for `hermite`."""
     var = std.square()
     if target is None:
@@ -193,9 +191,7 @@ def _relu_series(mean: Tensor, std: Tensor) -> Tensor:
     return torch.stack([std * torch.special.ndtr(t), *rest])
 
 
-def _quadrature_series(
-    function: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor
-) -> Tensor:
+def _quadrature_series(function: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Tensor:
     points, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
     z = torch.from_numpy(points)
     polynomials = [torch.ones_like(z), z]

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import Moments
-from dfqc.compiler.passes._chains import PatchMoments, tap_correlation, tap_places
 from dfqc.compiler.passes._layers import bias_or_zero, count_calls, norm_affine, readers
+from dfqc.compiler.passes._patches import PatchMoments, tap_correlation, tap_places
 from dfqc.compiler.passes._restoration import Filters
 
 MOST = 2.0  # a variance is not corrected by more than this factor of the standard deviation
@@ -20,7 +20,7 @@ MOST = 2.0  # a variance is not corrected by more than this factor of the standa
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a layer's outputs are corrected: in the batch norm that alone reads it, or in itself."""
+    """Where a layer's outputs are corrected: the batch norm that alone reads it, or itself."""
 
     layer: nn.Conv2d | nn.Linear
     norm: nn.BatchNorm2d | nn.BatchNorm1d | None
@@ -121,9 +121,7 @@ def predict_variance(
     totals = [torch.zeros(len(before), dtype=torch.float64) for _ in range(2)]
     for moments, columns, keep in parts:
         rest[columns] = False
-        old, new = (
-            w[:, columns].reshape(len(w), moments.split, -1) for w in (before, after)
-        )
+        old, new = (w[:, columns].reshape(len(w), moments.split, -1) for w in (before, after))
         totals[0] += moments.predict(old, moments.target_rows())
         totals[1] += moments.predict(new[:, keep], moments.kept_rows())
     var = maps.var.reshape(-1, maps.var.shape[-1]).mean(0)

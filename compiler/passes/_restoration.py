@@ -1,4 +1,4 @@
-"""Weights of a user and of its channels' producer in; the weights that restore removed channels out.
+"""Weights of a user and of its producer in; the weights that restore removed channels out.
 
 Five forms, for comparison: one neighbor per channel (Kim et al. 2020, Neuron Merging); a ridge
 regression of filters with batch-norm terms (LBYL, Lee et al. 2025), both as their published code
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfqc.compiler.passes._chains import PatchMoments
+from dfqc.compiler.passes._patches import PatchMoments
 
 MERGE_COSINE = 0.1  # below it a channel has no neighbor and is dropped
 MERGE_BALANCE = 0.85  # of cosine against the mismatch of biases
@@ -97,7 +97,21 @@ def regress_filters(
     left = gram + bias_weight * torch.outer(bias[keep], bias[keep])
     left.diagonal().add_(ridge * size)
     right = rows[keep] @ rows[gone].mT + bias_weight * torch.outer(bias[keep], bias[gone])
-    return torch.linalg.solve(left, right)
+    solved: Tensor = torch.linalg.solve(left, right)
+    return solved
+
+
+def match_scales(exact: Filters, rounded: Filters, bias_weight: float, ridge: float) -> Tensor:
+    """Return s (channels,) = argmin |w - s w^|^2 + bias_weight b^2 (1 - s)^2 + ridge |w|^2 s^2.
+
+    `w` and `b` are the folded filter and bias, `w^` is the rounded filter.
+    """
+    rows, bias = exact.folded()
+    found = rounded.weight * exact.factor[:, None]
+    extra = bias_weight * bias.square()
+    over = (rows * found).sum(1) + extra
+    under = found.square().sum(1) + extra + ridge * rows.square().sum(1)
+    return torch.where(under > 0, over / under.clamp_min(1e-30), torch.ones_like(over))
 
 
 def combine_channels(weight: Tensor, keep: Tensor, gone: Tensor, factors: Tensor) -> Tensor:
@@ -145,4 +159,5 @@ def _solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
     if failed:  # the series of the covariances ends, which may leave them a little indefinite
         values, vectors = torch.linalg.eigh(damped)
         return vectors @ ((vectors.mT @ right) / values.clamp_min(1e-6 * size)[:, None])
-    return torch.cholesky_solve(right, factor)
+    solved: Tensor = torch.cholesky_solve(right, factor)
+    return solved

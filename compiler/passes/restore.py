@@ -21,14 +21,7 @@ from dfqc.compiler.covariance import InputModel
 from dfqc.compiler.graph import Graph, copy_graph, layer_nodes
 from dfqc.compiler.moments import Moments, input_moments
 from dfqc.compiler.passes import _restoration as forms
-from dfqc.compiler.passes._chains import (
-    Chain,
-    PatchMoments,
-    Rows,
-    find_chain,
-    follow_chain,
-    gather_patches,
-)
+from dfqc.compiler.passes._chains import Chain, Rows, find_chain, follow_chain
 from dfqc.compiler.passes._outputs import (
     Outputs,
     find_filters,
@@ -36,11 +29,17 @@ from dfqc.compiler.passes._outputs import (
     predict_mean,
     predict_variance,
 )
+from dfqc.compiler.passes._patches import PatchMoments, gather_patches
 
 log = logging.getLogger(__name__)
 
+SCALE_RIDGE = 1e-6  # keeps channels that were rounded to zero solvable
+
 # round_layer(path, layer, outputs): the rounded weight that the changed network goes on with,
 # None to leave it as it is.
+# What is done about producers that were only rounded: nothing, one factor per channel, or a fit of
+# the users as for pruned channels.
+Compensation: TypeAlias = Literal["none", "scales", "users"]
 RoundLayer: TypeAlias = Callable[[str, nn.Conv2d | nn.Linear, Outputs], Tensor | None]
 
 
@@ -87,7 +86,7 @@ class Restorer:
         options: Options,
         *,
         round_layer: RoundLayer | None = None,
-        mix: bool = False,
+        compensate: Compensation = "none",
     ) -> None:
         """Prepare the copy.
 
@@ -96,11 +95,11 @@ class Restorer:
             keep: as for `restore`.
             options: as for `restore`.
             round_layer: decides the weight of each layer once it is restored.
-            mix: fit users of groups that lost no channel too, to make up for rounded producers.
+            compensate: what users do about channels that were rounded.
         """
         self.original, self.work = graph, copy_graph(graph)
         self.keep, self.options = keep, options
-        self.round_layer, self.mix = round_layer, mix
+        self.round_layer, self.compensate = round_layer, compensate
         # The original with the rounding errors of the layers done so far. What pruning changed is
         # left out: under an input model of independent channels a restored weight would look
         # unlike the original, although that is what it restores.
@@ -162,30 +161,33 @@ class Restorer:
     ) -> Tensor:
         """Return the weight with one group's columns restored, the removed ones zero."""
         keep = self.keep.get(group.name, torch.arange(group.size))
-        if len(keep) == group.size and not self.mix:
+        if len(keep) == group.size and self.compensate == "none":
             return weight
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
             self.skipped.append(use.layer)
             return weight
         block = weight[:, columns].reshape(len(weight), group.size, -1)
-        moments = self._moments(layer, group, use, columns, keep)
+        whole = len(keep) == group.size
+        fits = not whole or self.compensate == "users"
+        moments = self.patch_moments(layer, group, use, keep) if fits else None
         new = torch.zeros_like(block)
         new[:, keep] = self._restored(block, group, keep, moments)
+        if self.compensate == "scales" and len(group.producers) == 1:
+            new *= self._scales(group.producers[0])[:, None]
         if moments is not None:
             parts.append((moments, columns, keep))
         weight = weight.clone()
         weight[:, columns] = new.reshape(weight[:, columns].shape)
         return weight
 
-    def _moments(
-        self,
-        layer: nn.Conv2d | nn.Linear,
-        group: Group,
-        use: Use,
-        columns: slice,
-        keep: Tensor,
+    def patch_moments(
+        self, layer: nn.Conv2d | nn.Linear, group: Group, use: Use, keep: Tensor
     ) -> PatchMoments | None:
-        """Return the second moments of a group's channels as the user reads them."""
+        """Return the second moments of a group's channels as the user reads them.
+
+        None where the chain to the user mixes channels, or what enters it is not known.
+        """
+        columns = slice(use.offset, use.offset + group.size * use.spread)
         chain = self._chain(group, use.layer)
         if chain is None or use.layer not in self.inputs:
             return None
@@ -202,6 +204,12 @@ class Restorer:
         limit = self.options.largest
         found = gather_patches(layer, use.spread, signal, own, order, limit=limit)
         return PatchMoments(*found, split=group.size, keep=None if changed else keep)
+
+    def _scales(self, producer: str) -> Tensor:
+        """Return one factor per channel that makes rounded filters most like the original ones."""
+        exact = find_filters(self.original, producer)
+        rounded = find_filters(self.noisy, producer)
+        return forms.match_scales(exact, rounded, self.options.bias_weight, SCALE_RIDGE)
 
     def _chain(self, group: Group, user: str) -> Chain | None:
         if len(group.producers) != 1 or group.producers[0] not in self.inputs:

@@ -34,8 +34,8 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, copy_graph, layer_nodes
 from dfqc.compiler.passes._outputs import Outputs
 from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.passes.restore import Compensation, Restorer
 from dfqc.compiler.passes.restore import Options as RestoreOptions
-from dfqc.compiler.passes.restore import Restorer
 from dfqc.compiler.quantize import rtn
 from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.quantize.squant import flip_codes
@@ -47,13 +47,13 @@ log = logging.getLogger(__name__)
 class Options(RestoreOptions):
     """Options of the joint closed form: those of the restoration, and how weights are rounded.
 
-    `compensate`: `users` also fits the users of layers that were only rounded, `none` leaves
-    that to mean and variance.
+    `compensate` says what users do about rounded channels beside mean and variance: nothing, one
+    factor per channel, or a new fit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    compensate: Literal["none", "users"] = "none"
+    compensate: Compensation = "none"
     rounding: Literal["nearest", "squant"] = "nearest"
     weights: Literal["mse", "minmax"] = "mse"
     acts: Literal["mse", "minmax", "percentile"] = "mse"
@@ -62,9 +62,7 @@ class Options(RestoreOptions):
 
     def ranges(self) -> rtn.Options:
         """Return the range estimators of the activations."""
-        return rtn.Options(
-            acts=self.acts, percentile=self.percentile, batch_size=self.batch_size
-        )
+        return rtn.Options(acts=self.acts, percentile=self.percentile, batch_size=self.batch_size)
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
@@ -120,8 +118,13 @@ def quantize(
     )
     graph.module.cpu()
     rounder = _Rounder(graph, origin, plan, options, progress)
-    mix = options.compensate == "users"
-    restorer = Restorer(origin.graph, origin.keep, options, round_layer=rounder.round, mix=mix)
+    restorer = Restorer(
+        origin.graph,
+        origin.keep,
+        options,
+        round_layer=rounder.round,
+        compensate=options.compensate,
+    )
     folded = fold(remove(restorer.run(), origin.keep))
     return rounder.state(folded, acts)
 
