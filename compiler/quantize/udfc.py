@@ -107,11 +107,10 @@ def quantize(
         supplies: `unpruned`, or `unfolded` where nothing was pruned.
 
     Raises:
-        UsageError: neither the model with its batch norms nor the unpruned one was given, or one
-            that does not belong to `graph`.
+        UsageError: the original does not belong to `graph`.
     """
     del rng
-    origin = _find_origin(supplies)
+    origin = _find_origin(graph, supplies)
     graph.module.to(device)
     acts = rtn.activation_grids(
         graph, calib, plan, options.ranges(), device=device, progress=progress
@@ -129,12 +128,13 @@ def quantize(
     return rounder.state(folded, acts)
 
 
-def _find_origin(supplies: QuantizerSupplies) -> Pruned:
+def _find_origin(graph: Graph, supplies: QuantizerSupplies) -> Pruned:
+    """Return the model to restore; without batch norms the weights alone say what values are."""
     if supplies.unpruned is not None:
         return supplies.unpruned
     if supplies.unfolded is None:
-        raise UsageError("udfc: needs the model with its batch norms, got none")
-    return Pruned(supplies.unfolded, {})
+        log.warning("udfc: no batch norms given: moments are derived from weights and pixels")
+    return Pruned(supplies.unfolded or graph, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +238,7 @@ class _Rounder:
 def _kept_weights(origin: Pruned) -> dict[str, Tensor]:
     """Return, per layer, the places in the full-size weight of what stays, in its new shape."""
     numbered = copy_graph(origin.graph)
+    numbered.module.double()  # holds every number exactly, and one type throughout
     paths = [path for path, _ in layer_nodes(numbered)]
     for path in paths:
         layer = cast(Any, numbered.module.get_submodule(path))
