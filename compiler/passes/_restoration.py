@@ -158,6 +158,7 @@ def _solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:  # the series of the covariances ends, which may leave them a little indefinite
         values, vectors = torch.linalg.eigh(damped)
-        return vectors @ ((vectors.mT @ right) / values.clamp_min(1e-6 * size)[:, None])
+        found: Tensor = vectors @ ((vectors.mT @ right) / values.clamp_min(1e-6 * size)[:, None])
+        return found
     solved: Tensor = torch.cholesky_solve(right, factor)
     return solved
