@@ -126,7 +126,9 @@ def _split(walk: Walk, node: fx.Node) -> Value:
     x = walk.layout(node.args[0])
     if x is None or argument(node, 2) % walk.rank(node.args[0]) == x.axis:
         return walk.lose(node, f"{node.name} splits channels")
-    parts = 1 + max((cast(int, u.args[1]) for u in node.users if u.op == "call_function"), default=0)
+    parts = 1 + max(
+        (cast(int, u.args[1]) for u in node.users if u.op == "call_function"), default=0
+    )
     return [Layout(x.axis, follow(x.spans, node))] * parts
 
 

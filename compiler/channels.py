@@ -163,7 +163,9 @@ def _check(group: Group | None, name: str, indices: Tensor) -> None:
 
 def _shrink_size(node: fx.Node, position: int, count: int) -> None:
     """Lower one number in the list of sizes that a reshape or expand was given."""
-    key: Any = None if len(node.args) > 1 else next(k for k in ("shape", "size") if k in node.kwargs)
+    key: Any = (
+        None if len(node.args) > 1 else next(k for k in ("shape", "size") if k in node.kwargs)
+    )
     sizes: Any = list(cast("Sequence[Any]", node.kwargs[key] if key else node.args[1]))
     sizes[position] -= count
     if key:
