@@ -1,7 +1,7 @@
 """A graph and a group of its channels in; the order to remove them in and what each step costs.
 
-Weights tell all: rows are the filters that make a channel, scaled by the batch norm behind them;
-a removed channel's error reaches the next layers through the columns that read it.
+No images: rows are the filters that make a channel, scaled by the batch norm behind them; a
+removed channel's error reaches the next layers through the columns that read it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dfqc.compiler.channels import Group
-from dfqc.compiler.graph import Graph, Norm, batch_norms
+from dfqc.compiler.graph import Graph, Norm, batch_norms, has_batch_norm
+from dfqc.compiler.moments import Moments, input_moments
 from dfqc.compiler.passes._layers import Layer, bias_or_zero, norm_affine, readers, scale_outputs
 
-Criterion: TypeAlias = Literal["l1", "l2", "bn", "restored"]
+Criterion: TypeAlias = Literal["l1", "l2", "bn", "output", "restored"]
 
 _STEPS = 512  # greedy decisions per group; wider groups lose several channels in one
 
@@ -47,10 +48,23 @@ def find_norms(graph: Graph) -> Norms:
     return {str(n.input.target): n for n in norms if len(readers(n.input)) == 1}
 
 
+@dataclass(frozen=True)
+class Context:
+    """What the ranking of every group needs of the whole graph."""
+
+    norms: Norms
+    moments: Mapping[str, Moments]  # of the layers' inputs, where batch norms tell them
+
+
+def gather_context(graph: Graph) -> Context:
+    """Collect batch norms and expected activations."""
+    return Context(find_norms(graph), input_moments(graph) if has_batch_norm(graph) else {})
+
+
 def rank_channels(
     graph: Graph,
     group: Group,
-    norms: Norms,
+    context: Context,
     criterion: Criterion,
     *,
     shift: float = 0.01,
@@ -58,27 +72,29 @@ def rank_channels(
 ) -> Curve:
     """Return the order in which a group's channels go, and the error on the way.
 
-    `l1` and `l2` are norms of the filters, `bn` the L2 norm of filters that carry their batch
-    norm's scale; their error is that of channels that are gone. `restored` takes away, step by
-    step, the channel whose removal adds least to the error that is left after replacing all
-    removed ones by linear combinations of the others; groups where that cannot be done lose the
-    channel with the smallest output first. Several producers count together.
+    `l1` and `l2` are norms of the filters; `bn` is the L2 norm of filters that carry the scale of
+    their batch norm; `output` is the energy that a channel adds to what the next layers put out,
+    by the moments of its activation. The error of these is that energy, lost. `restored` takes
+    away, step by step, the channel whose removal adds least to the error that is left after
+    replacing all removed ones by linear combinations of the others; groups where that cannot be
+    done go by `output`. Several producers count together.
     """
-    gram, bias = _gram(graph, group, norms)
-    weight = _column_energy(graph, group, norms)
-    energy = weight * gram.diagonal()
-    total = energy.sum().clamp_min(torch.finfo(torch.double).tiny)
+    gram, bias = _gram(graph, group, context.norms)
     if criterion == "restored" and group.restorable:
         rows = gram + shift * torch.outer(bias, bias)
+        weight = _read_energy(graph, group, context, moments=False)[:, 0]
         scale = (weight * rows.diagonal()).sum().clamp_min(torch.finfo(torch.double).tiny)
         order, error = eliminate(rows, weight, ridge)
-        scores = torch.empty_like(error).scatter_(0, order, error / scale)
-        return Curve(order, error / scale, scores)
-    scores = energy / total if criterion == "restored" else _norm_scores(graph, group, criterion)
-    if criterion == "bn":
+        error = error / scale
+        return Curve(order, error, torch.empty_like(error).scatter_(0, order, error))
+    energy = _lost_energy(graph, group, context, gram)
+    scores = energy
+    if criterion in ("l1", "l2"):
+        scores = _norm_scores(graph, group, criterion)
+    elif criterion == "bn":
         scores = gram.diagonal().sqrt()
     order = torch.argsort(scores, stable=True)
-    return Curve(order, energy[order].cumsum(0) / total, scores)
+    return Curve(order, energy[order].cumsum(0), scores)
 
 
 def eliminate(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -177,19 +193,41 @@ def _filters(layer: Layer) -> Tensor:
     return weight.flatten(1)
 
 
-def _column_energy(graph: Graph, group: Group, norms: Norms) -> Tensor:
-    """Return the squared norm of what reads each channel, batch norms of the readers folded in."""
-    total = torch.zeros(group.size, dtype=torch.double)
+def _lost_energy(graph: Graph, group: Group, context: Context, gram: Tensor) -> Tensor:
+    """Return each channel's part in the energy that the readers get from the group.
+
+    Where the moments of a reader's input are not known, a channel has the energy of its filters.
+    """
+    if all(use.layer in context.moments for use in group.users):
+        energy = _read_energy(graph, group, context, moments=True).sum(1)
+    else:
+        energy = _read_energy(graph, group, context, moments=False)[:, 0] * gram.diagonal()
+    return energy / energy.sum().clamp_min(torch.finfo(torch.double).tiny)
+
+
+def _read_energy(graph: Graph, group: Group, context: Context, *, moments: bool) -> Tensor:
+    """Return per channel the energy of the readers' outputs by its variance and by its mean.
+
+    Batch norms of the readers are folded in. Without moments, variances are 1 and means 0. A mean
+    is the same all over a kernel's window: its taps add up before they are squared.
+    """
+    total = torch.zeros(group.size, 2, dtype=torch.double)
     for use in group.users:
         layer = _layer(graph, use.layer)
         weight = layer.weight.detach().double()
-        norm = norms.get(use.layer)
+        norm = context.norms.get(use.layer)
         if norm is not None:
             weight = scale_outputs(layer, weight, norm_affine(norm.module)[0])
         axis = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
-        columns = weight.transpose(0, axis).flatten(1).square().sum(1)
-        read = columns[use.offset : use.offset + group.size * use.spread]
-        total += read.reshape(group.size, use.spread).sum(1)
+        taps = weight.transpose(0, axis).flatten(2) if weight.dim() == 4 else weight.T.unsqueeze(2)
+        energy = torch.stack([taps.square().sum((1, 2)), taps.sum(2).square().sum(1)], 1)
+        if moments:
+            known = context.moments[use.layer]
+            channel_axis = -1 if isinstance(layer, nn.Linear) else 1
+            flat = [m.double().transpose(0, channel_axis) for m in (known.var, known.mean.square())]
+            energy = energy * torch.stack([one.flatten(1).mean(1) for one in flat], 1)
+        read = energy[use.offset : use.offset + group.size * use.spread]
+        total += read.reshape(group.size, use.spread, 2).sum(1)
     return total
 
 

@@ -19,7 +19,7 @@ from dfqc.compiler.channels import Group, find_groups, remove
 from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.graph import Graph, count_macs, count_params
 from dfqc.compiler.passes._budget import Costs, Unit, allocate
-from dfqc.compiler.passes._criteria import Criterion, Curve, find_norms, rank_channels
+from dfqc.compiler.passes._criteria import Criterion, Curve, gather_context, rank_channels
 
 __all__ = ["Criterion", "Curve", "Decision", "Options", "choose", "prune"]
 
@@ -112,13 +112,13 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
             f"{some[0]}: {some[1]}"
         )
     given = dict(curves or {})
-    norms = find_norms(graph)
+    context = gather_context(graph)
     for group in groups:
         if group.name not in given:
             given[group.name] = rank_channels(
                 graph,
                 group,
-                norms,
+                context,
                 options.criterion,
                 shift=options.shift,
                 ridge=options.ridge,
