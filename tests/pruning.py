@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import models
-from dfqc.compiler.channels import find_groups, remove
+from dfqc.compiler.channels import Group, find_groups, remove
+from dfqc.compiler.contracts import ImageSpec
 from dfqc.compiler.graph import Graph, copy_graph, count_macs, count_params, verify
+from functions import Function
+
+IMAGE = ImageSpec((3, 8, 8), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def draw(graph: Graph, ratio: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
@@ -77,3 +82,42 @@ def check(graph: Graph, ratio: float = 0.3) -> None:
     assert not torch.equal(audible, whole)
     assert count_params(smaller) < count_params(graph)
     assert count_macs(smaller) < count_macs(graph)
+
+
+def chain(width: int = 16, seed: int = 0) -> Graph:
+    """Two convolutions and a classifier, batch norms between."""
+
+    def forward(m, x):
+        x = F.relu(m.b(F.relu(m.a(x))))
+        return m.fc(x.mean((2, 3)))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = {
+            "a": models.conv_bn(3, width),
+            "b": models.conv_bn(width, 2 * width),
+            "fc": nn.Linear(2 * width, 5),
+        }
+    module = Function(forward, **modules)
+    models.randomize_norms(module)
+    return models.trace_module(module, IMAGE)
+
+
+def conv(c: int, out: int, **options: object) -> nn.Sequential:
+    """Build a convolution with a batch norm."""
+    return models.conv_bn(c, out, **options)
+
+
+def trace_function(forward: Callable[..., Tensor], **modules: Callable[[], nn.Module]) -> Graph:
+    """Trace `forward(modules, x)` with modules made under a fixed seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = {name: module() for name, module in modules.items()}
+    module = Function(lambda m, x: forward(m, x), **built)
+    models.randomize_norms(module)
+    return models.trace_module(module, IMAGE)
+
+
+def groups_of(graph: Graph) -> dict[str, Group]:
+    """Return the groups by name."""
+    return {group.name: group for group in find_groups(graph)}

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dfqc.compiler.channels import Group
-from dfqc.compiler.graph import Graph, Norm, batch_norms, has_batch_norm
-from dfqc.compiler.moments import Moments, input_moments
+from dfqc.compiler.channels import Group, Use
+from dfqc.compiler.graph import Graph, Norm, batch_norms, has_batch_norm, layer_nodes
+from dfqc.compiler.moments import Moments, node_moments
 from dfqc.compiler.passes._layers import Layer, bias_or_zero, norm_affine, readers, scale_outputs
+from dfqc.compiler.placement import ADD
 
 Criterion: TypeAlias = Literal["l1", "l2", "bn", "output", "restored"]
 
@@ -29,8 +30,9 @@ class Curve:
 
     Attributes:
         order: all channels (int64), the first to go first.
-        error: what the outputs that read the group lose when the first 1, 2, .. size channels of
-            `order` are gone, as a part of their energy; grows.
+        error: what the readers' outputs lose when the first 1, 2, .. size channels of `order` are
+            gone, as a part of their energy, or of that of the residual sum that they go to; over
+            all readers; grows.
         scores: per channel; what is low goes first.
     """
 
@@ -53,12 +55,14 @@ class Context:
     """What the ranking of every group needs of the whole graph."""
 
     norms: Norms
-    moments: Mapping[str, Moments]  # of the layers' inputs, where batch norms tell them
+    layers: Mapping[str, fx.Node]  # by path
+    moments: Mapping[str, Moments]  # of nodes by name, where batch norms tell them
 
 
 def gather_context(graph: Graph) -> Context:
     """Collect batch norms and expected activations."""
-    return Context(find_norms(graph), input_moments(graph) if has_batch_norm(graph) else {})
+    moments = node_moments(graph) if has_batch_norm(graph) else {}
+    return Context(find_norms(graph), dict(layer_nodes(graph)), moments)
 
 
 def rank_channels(
@@ -80,14 +84,15 @@ def rank_channels(
     done go by `output`. Several producers count together.
     """
     gram, bias = _gram(graph, group, context.norms)
+    reads = [_read(graph, group, use, context, gram.diagonal()) for use in group.users]
+    energy = torch.stack([read.energy for read in reads]).sum(0)
     if criterion == "restored" and group.restorable:
         rows = gram + shift * torch.outer(bias, bias)
-        weight = _read_energy(graph, group, context, moments=False)[:, 0]
-        scale = (weight * rows.diagonal()).sum().clamp_min(torch.finfo(torch.double).tiny)
+        weight = torch.zeros_like(bias)
+        for read in reads:  # what is lost when all channels are gone does not depend on how
+            weight += read.columns * read.energy.sum() / _sum(read.columns * rows.diagonal())
         order, error = eliminate(rows, weight, ridge)
-        error = error / scale
         return Curve(order, error, torch.empty_like(error).scatter_(0, order, error))
-    energy = _lost_energy(graph, group, context, gram)
     scores = energy
     if criterion in ("l1", "l2"):
         scores = _norm_scores(graph, group, criterion)
@@ -193,42 +198,65 @@ def _filters(layer: Layer) -> Tensor:
     return weight.flatten(1)
 
 
-def _lost_energy(graph: Graph, group: Group, context: Context, gram: Tensor) -> Tensor:
-    """Return each channel's part in the energy that the readers get from the group.
+class _Read(NamedTuple):
+    """What one reader gets from each channel of a group, batch norms of the reader folded in."""
 
-    Where the moments of a reader's input are not known, a channel has the energy of its filters.
+    columns: Tensor  # squared norms of its weights
+    energy: Tensor  # part of the energy of the sum that its output goes to
+
+
+def _read(graph: Graph, group: Group, use: Use, context: Context, rows: Tensor) -> _Read:
+    """Weigh a group's channels as one reader does; `rows` is the energy of their filters.
+
+    By the moments of the reader's input where they are known, else by the filters. A mean is the
+    same all over a kernel's window: its taps add up before they are squared.
     """
-    if all(use.layer in context.moments for use in group.users):
-        energy = _read_energy(graph, group, context, moments=True).sum(1)
+    layer, node = _layer(graph, use.layer), context.layers[use.layer]
+    weight = layer.weight.detach().double()
+    norm = context.norms.get(use.layer)
+    if norm is not None:
+        weight = scale_outputs(layer, weight, norm_affine(norm.module)[0])
+    axis = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
+    taps = weight.transpose(0, axis).flatten(2) if weight.dim() == 4 else weight.T.unsqueeze(2)
+    columns = taps.square().sum((1, 2))
+    own = slice(use.offset, use.offset + group.size * use.spread)
+    read = columns[own].reshape(group.size, use.spread).sum(1)
+    known = context.moments.get(node.all_input_nodes[0].name)
+    if known is None:
+        energy = read * rows
+        part = read.sum() / _sum(columns)
     else:
-        energy = _read_energy(graph, group, context, moments=False)[:, 0] * gram.diagonal()
-    return energy / energy.sum().clamp_min(torch.finfo(torch.double).tiny)
+        channel_axis = -1 if isinstance(layer, nn.Linear) else 1
+        maps = [m.transpose(0, channel_axis) for m in (known.var, known.mean.square())]
+        var, mean = (one.flatten(1).mean(1) for one in maps)
+        every = columns * var + taps.sum(2).square().sum(1) * mean
+        energy = every[own].reshape(group.size, use.spread).sum(1)
+        part = energy.sum() / _sum(every)
+    return _Read(read, energy / _sum(energy) * part * _share(node, context))
 
 
-def _read_energy(graph: Graph, group: Group, context: Context, *, moments: bool) -> Tensor:
-    """Return per channel the energy of the readers' outputs by its variance and by its mean.
+def _share(node: fx.Node, context: Context) -> float:
+    """Return which part of a residual sum's variance comes from a layer; 1 if it goes to none.
 
-    Batch norms of the readers are folded in. Without moments, variances are 1 and means 0. A mean
-    is the same all over a kernel's window: its taps add up before they are squared.
+    An error in a branch is small beside a stream that carries much more.
     """
-    total = torch.zeros(group.size, 2, dtype=torch.double)
-    for use in group.users:
-        layer = _layer(graph, use.layer)
-        weight = layer.weight.detach().double()
-        norm = context.norms.get(use.layer)
-        if norm is not None:
-            weight = scale_outputs(layer, weight, norm_affine(norm.module)[0])
-        axis = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
-        taps = weight.transpose(0, axis).flatten(2) if weight.dim() == 4 else weight.T.unsqueeze(2)
-        energy = torch.stack([taps.square().sum((1, 2)), taps.sum(2).square().sum(1)], 1)
-        if moments:
-            known = context.moments[use.layer]
-            channel_axis = -1 if isinstance(layer, nn.Linear) else 1
-            flat = [m.double().transpose(0, channel_axis) for m in (known.var, known.mean.square())]
-            energy = energy * torch.stack([one.flatten(1).mean(1) for one in flat], 1)
-        read = energy[use.offset : use.offset + group.size * use.spread]
-        total += read.reshape(group.size, use.spread, 2).sum(1)
-    return total
+    branch, moments = node, context.moments
+    while len(users := readers(branch)) == 1:
+        (user,) = users
+        if user.target is ADD:
+            if branch.name not in moments or user.name not in moments:
+                return 1.0
+            total = float(moments[user.name].var.mean())
+            return min(1.0, float(moments[branch.name].var.mean()) / total) if total else 1.0
+        if user.op == "output" or str(user.target) in context.layers:
+            return 1.0
+        branch = user
+    return 1.0
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum, or something that can be divided by."""
+    return values.sum().clamp_min(torch.finfo(torch.double).tiny)
 
 
 def _layer(graph: Graph, path: str) -> Layer:
