@@ -8,6 +8,7 @@ import pruning
 from dfqc.compiler.channels import Use, find_groups, remove
 from dfqc.compiler.graph import layer_nodes, verify
 from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.passes.prune import Options, prune
 from pruning import conv, groups_of, trace_function
 
 
@@ -222,6 +223,45 @@ def test_linear_layers_over_tokens_and_transposed_convolutions():
     smaller = remove(graph, {"down.0": torch.tensor([2]), "up": torch.tensor([0, 4])})
     assert smaller.module.up.weight.shape == (1, 2, 2, 2)
     pruning.check(graph)
+
+
+def test_one_map_for_all_channels_is_no_reason_to_stay_whole():
+    def forward(m, x):
+        x = F.relu(m.body(x))
+        return m.fc((x * m.gate(x).sigmoid()).mean((2, 3)))
+
+    graph = trace_function(
+        forward,
+        body=lambda: conv(3, 6),
+        gate=lambda: nn.Conv2d(6, 1, 3, padding=1),
+        fc=lambda: nn.Linear(6, 3),
+    )
+    groups = groups_of(graph)
+    assert groups["body.0"].prunable
+    assert not groups["gate"].prunable
+    pruning.check(graph)
+
+
+def test_channels_that_are_read_twice_by_one_layer():
+    def forward(m, x):
+        x = m.body(x)
+        x = F.relu(m.wide(torch.cat([x, -x], 1)))
+        return m.fc(x.reshape(-1, 24 * 16))
+
+    graph = trace_function(
+        forward,
+        body=lambda: conv(3, 6, stride=2),
+        wide=lambda: nn.ConvTranspose2d(12, 24, 3, padding=1, groups=12),
+        fc=lambda: nn.Linear(24 * 16, 3),
+    )
+    group = groups_of(graph)["body.0"]
+    assert group.users == (Use("fc", 32, 0), Use("fc", 32, 6 * 32))
+    smaller = remove(graph, {"body.0": torch.tensor([0, 5])})
+    assert smaller.module.wide.weight.shape == (4, 2, 3, 3)
+    assert smaller.module.fc.in_features == 8 * 16
+    pruning.check(graph)
+    for criterion in ("output", "restored"):
+        prune(graph, Options(macs=0.7, criterion=criterion))
 
 
 def test_requests_that_do_not_fit_are_refused():

@@ -170,11 +170,12 @@ def _gram(graph: Graph, group: Group, norms: Norms) -> tuple[Tensor, Tensor]:
         rows, shift = _scaled(graph, path, norms)
         gram += rows @ rows.T
         bias += shift
-    whole = {site.target for site in group.sites if site.kind == "through" and site.spread == 1}
     for path in group.through:
+        layer = _layer(graph, path)
+        if isinstance(layer, nn.Linear) or layer.out_channels != group.size:
+            continue  # widens, or filters a concatenation
         rows, shift = _scaled(graph, path, norms)
-        if path in whole and len(rows) == group.size:
-            gram, bias = gram * (rows @ rows.T), shift
+        gram, bias = gram * (rows @ rows.T), shift
     return gram, bias
 
 

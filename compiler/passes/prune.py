@@ -36,7 +36,8 @@ class Options:
         params: part of the parameters to keep, at most.
         macs: part of the multiply-accumulates to keep, at most.
         layers: (glob, ratio) on producers' paths; the last match wins, before ratio or budget.
-        criterion: which channels of a group go first; see `rank_channels`.
+        criterion: which channels of a group go first; see `rank_channels`. `restored` is for what
+            restores them afterwards.
         multiple: kept channels are a multiple of this where a group is pruned at all.
         minimum: channels that every group keeps.
         most: part that a group may lose to a budget.
@@ -50,7 +51,7 @@ class Options:
     params: float | None = None
     macs: float | None = None
     layers: tuple[tuple[str, float], ...] = ()
-    criterion: Criterion = "restored"
+    criterion: Criterion = "output"
     multiple: int = 1
     minimum: int = 1
     most: float = 0.9
