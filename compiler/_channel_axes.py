@@ -81,8 +81,9 @@ def _resize(walk: Walk, node: fx.Node, layout: Layout) -> Value:
     if isinstance(sizes, (list, tuple)) and sizes[layout.axis] != -1:
         if not isinstance(sizes[layout.axis], int):
             return walk.lose(node, f"{node.name} computes with the number of channels")
-        for span, _ in walk.offsets(layout):
-            walk.sites.append((span.atom, Site("size", node.name, span.spread, 0, layout.axis)))
+        for span, offset in walk.offsets(layout):
+            site = Site("size", node.name, span.spread, offset, layout.axis)
+            walk.sites.append((span.atom, site))
     return layout
 
 

@@ -183,8 +183,8 @@ class Walk:
                 continue
             axis = x.axis + rank - self.rank(source)
             if self.shape(source)[x.axis] != self.shape(node)[axis]:
-                self._freeze(node, f"{node.name} repeats a channel")
-                return None
+                self._freeze_spans(x.spans, f"{node.name} repeats a channel")
+                continue
             followed.append(Layout(axis, x.spans))
         if len({one.axis for one in followed}) != 1:
             return self.lose(node, f"{node.name} combines different axes")

@@ -66,12 +66,13 @@ def input_moments(graph: Graph) -> dict[str, Moments]:
     return walker.inputs
 
 
-def output_variances(graph: Graph) -> dict[str, Tensor]:
-    """Return, per node name, the variance of its channels, mean over positions, (channels,)."""
+def node_moments(graph: Graph) -> dict[str, Moments]:
+    """Return, per node name, mean and variance of its output, as far as they can be derived."""
     walker = _MomentWalker(graph)
+    walker.garbage_collect_values = False
     with torch.inference_mode():
         walker.run(torch.zeros(1, *graph.image.size, dtype=torch.float64))
-    return walker.variances
+    return {n.name: value for n, value in walker.env.items() if isinstance(value, Moments)}
 
 
 def folded_moments(graph: Graph, folded: Graph) -> dict[str, Moments]:
@@ -184,7 +185,6 @@ class _MomentWalker(fx.Interpreter):
         self.shapes = node_shapes(graph)
         self.image = graph.image
         self.inputs: dict[str, Moments] = {}
-        self.variances: dict[str, Tensor] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         zeros: Tensor = super().placeholder(target, args, kwargs)
@@ -194,13 +194,6 @@ class _MomentWalker(fx.Interpreter):
         return Moments(zeros + (PIXEL_MEAN - mean) / std, zeros + (PIXEL_STD / std) ** 2)
 
     def run_node(self, n: fx.Node) -> Any:
-        value = self._run(n)
-        if isinstance(value, Moments):
-            positions = [0, *range(2, value.var.dim())]
-            self.variances[n.name] = value.var.mean(positions)
-        return value
-
-    def _run(self, n: fx.Node) -> Any:
         if n.op == "call_module":
             return self._module(n)
         if n.op == "call_function":
