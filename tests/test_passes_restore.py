@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import models
 from dfqc.compiler.channels import find_groups
 from dfqc.compiler.graph import batch_norms, count_params, verify
-from dfqc.compiler.passes.curve import error_curve
+from dfqc.compiler.passes.curve import error_curve, error_curves
 from dfqc.compiler.passes.restore import Options, Restorer, restore
 
 METHODS = ("none", "merging", "lbyl", "weights", "moments", "patches")
@@ -258,7 +258,9 @@ def test_copies_go_first_and_errors_grow(kernel):
     assert errors[0] < 1e-4 * errors[-1]
     assert (errors.diff() >= 0).all()
     assert sorted(order.tolist()) == sorted(set(order.tolist()))
-    assert len(order) == len(errors) == group.size - 1
+    assert len(order) == len(errors) == group.size
+    curves = error_curves(graph, [group], Options(ridge=1e-7))
+    assert torch.allclose(curves["conv1"].scores[order].cumsum(0), errors)
 
 
 def test_the_curve_is_the_error_of_a_new_fit():

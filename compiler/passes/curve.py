@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from dfqc.compiler.channels import Group, Use
 from dfqc.compiler.graph import Graph, layer_nodes
-from dfqc.compiler.moments import output_variances
+from dfqc.compiler.moments import Moments, node_moments
+from dfqc.compiler.passes._criteria import Curve
 from dfqc.compiler.passes._layers import readers
 from dfqc.compiler.passes._outputs import find_outputs
 from dfqc.compiler.passes.restore import Options, Restorer
@@ -23,16 +24,23 @@ from dfqc.compiler.placement import ADD
 LARGEST = 1200  # side of the largest matrix that is taken down tap by tap
 
 
-def error_curves(
-    graph: Graph, groups: list[Group], options: Options
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return `error_curve` of several groups by name; what they share is computed once.
+def error_curves(graph: Graph, groups: list[Group], options: Options) -> dict[str, Curve]:
+    """Return `error_curve` of several groups by name, as `prune.choose` takes them.
 
-    Groups whose users' inputs are not understood are left out.
+    The scores are what each channel cost when it went. Groups whose users' inputs are not
+    understood are left out.
     """
-    restorer, variances = Restorer(graph, {}, options), output_variances(graph)
-    curves = {group.name: _trace_curve(restorer, variances, group) for group in groups}
-    return {name: curve for name, curve in curves.items() if curve is not None}
+    restorer, moments = Restorer(graph, {}, options), node_moments(graph)
+    found: dict[str, Curve] = {}
+    for group in groups:
+        curve = _trace_curve(restorer, moments, group)
+        if curve is not None:
+            order, errors = curve
+            steps = errors.diff(prepend=errors.new_zeros(1))
+            found[group.name] = Curve(
+                order, errors, torch.empty_like(steps).scatter(0, order, steps)
+            )
+    return found
 
 
 def error_curve(graph: Graph, group: Group, options: Options) -> tuple[Tensor, Tensor]:
@@ -44,12 +52,12 @@ def error_curve(graph: Graph, group: Group, options: Options) -> tuple[Tensor, T
     and Stork 1993), and both V and C^-1 are updated in place: O(channels^3) in all.
 
     Returns:
-        Both of size - 1; the last channel always stays. Errors grow.
+        Both of (channels,); errors grow.
 
     Raises:
         ValueError: no user of the group has an input that is understood.
     """
-    curve = _trace_curve(Restorer(graph, {}, options), output_variances(graph), group)
+    curve = _trace_curve(Restorer(graph, {}, options), node_moments(graph), group)
     if curve is None:
         raise ValueError(f"{group.name}: nothing is known about the inputs of its users")
     return curve
@@ -86,14 +94,14 @@ class _Problem:
 
 @torch.no_grad()
 def _trace_curve(
-    restorer: Restorer, variances: Mapping[str, Tensor], group: Group
+    restorer: Restorer, known: Mapping[str, Moments], group: Group
 ) -> tuple[Tensor, Tensor] | None:
-    problems = [p for use in group.users if (p := _pose(restorer, variances, group, use))]
+    problems = [p for use in group.users if (p := _pose(restorer, known, group, use))]
     if not problems:
         return None
     gone = torch.zeros(group.size, dtype=torch.bool)
     order, errors, total = [], [], 0.0
-    for _ in range(group.size - 1):
+    for _ in range(group.size):
         costs = torch.stack([problem.costs() for problem in problems]).sum(0)
         cheapest = int(costs.masked_fill(gone, torch.inf).argmin())
         total += max(0.0, float(costs[cheapest]))
@@ -106,7 +114,7 @@ def _trace_curve(
 
 
 def _pose(
-    restorer: Restorer, variances: Mapping[str, Tensor], group: Group, use: Use
+    restorer: Restorer, known: Mapping[str, Moments], group: Group, use: Use
 ) -> _Problem | None:
     """Return one user's problem, None if its input is not understood."""
     layer = restorer.original.module.get_submodule(use.layer)
@@ -122,7 +130,7 @@ def _pose(
     weight = layer.weight.detach().cpu().double()[:, columns]
     weight = weight.reshape(len(weight), group.size, -1)
     taps = weight.shape[2]
-    scale = _importance(restorer.original, use.layer, variances, moments.predict(weight, every))
+    scale = _importance(restorer.original, use.layer, known, moments.predict(weight, every))
     weight = weight * scale.sqrt().view(-1, 1, 1)
     covariance = moments.near
     if covariance is None or len(covariance) > LARGEST:
@@ -137,7 +145,7 @@ def _pose(
     return _Problem(weight.clone(), inverse.view(group.size, taps, group.size, taps))
 
 
-def _importance(graph: Graph, path: str, variances: Mapping[str, Tensor], found: Tensor) -> Tensor:
+def _importance(graph: Graph, path: str, known: Mapping[str, Moments], found: Tensor) -> Tensor:
     """Return what one unit of error in every output counts, (outputs,).
 
     Outputs are scaled as their batch norm does, then compared with the whole tensor they join.
@@ -148,7 +156,10 @@ def _importance(graph: Graph, path: str, variances: Mapping[str, Tensor], found:
         scale = norm.weight.detach().cpu().double().square() / found.clamp_min(1e-30)
     node = dict(layer_nodes(graph))[path]
     landing = _landing(node)
-    whole = variances[landing.name].sum() if landing.name in variances else (scale * found).sum()
+    whole = (scale * found).sum()
+    if landing.name in known:
+        var = known[landing.name].var
+        whole = var.mean([0, *range(2, var.dim())]).sum()
     return scale / whole.clamp_min(1e-30)
 
 
