@@ -6,6 +6,7 @@ import models
 from dfqc.compiler.channels import find_groups, remove
 from dfqc.compiler.graph import count_params
 from dfqc.compiler.passes._least_squares import refit
+from dfqc.compiler.passes.restore import Options, restore
 
 IMAGES = models.images(32)
 
@@ -69,6 +70,19 @@ def test_a_pruned_network_comes_nearer_and_stays_small():
         assert count_params(fitted) <= count_params(pruned) + 200  # biases at most
         fresh = models.images(32, seed=5)
         assert distance(fitted, graph, fresh) < 0.8 * distance(pruned, graph, fresh), net
+
+
+def test_it_does_not_matter_what_was_done_to_the_norms_before():
+    graph = models.trace_tiny("residual")
+    keep = {
+        g.name: torch.arange(1, g.size) for g in find_groups(graph) if g.prunable and not g.residual
+    }
+    rows = kept_rows(graph, keep)
+    plain = refit(graph, remove(graph, keep), IMAGES, outputs=rows, ridge=1e-7)
+    start = restore(graph, keep, Options())
+    restored = refit(graph, start, IMAGES, outputs=rows, ridge=1e-7)
+    assert distance(start, plain, IMAGES) > 0.05
+    assert distance(restored, plain, IMAGES) < 0.01
 
 
 def test_an_unpruned_network_stays_as_it_is():

@@ -53,7 +53,9 @@ def refit(
     device = device or torch.device("cpu")
     result = copy_graph(pruned)
     result.module.to(device)
-    walk = _PairWalk(copy_graph(original).module.to(device), result, outputs, masks or {})
+    exact = copy_graph(original)
+    exact.module.to(device)
+    walk = _PairWalk(exact, result, outputs, masks or {})
     walk.ridge, walk.patches, walk.progress = ridge, patches, progress
     with torch.no_grad():
         walk.run_chunks([chunk.to(device) for chunk in images.split(batch)])
@@ -70,14 +72,15 @@ class _PairWalk:
 
     def __init__(
         self,
-        original: fx.GraphModule,
+        original: Graph,
         result: Graph,
         outputs: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
     ) -> None:
         self.result, self.outputs, self.masks = result, outputs, masks
-        self.graphs = (original.graph, result.module.graph)
-        self.lanes = (fx.Interpreter(original), fx.Interpreter(result.module))
+        self.original = original
+        self.graphs = (original.module.graph, result.module.graph)
+        self.lanes = (fx.Interpreter(original.module), fx.Interpreter(result.module))
         self.layers = {node.name: path for path, node in layer_nodes(result)}
         self.fitted: set[str] = set()
 
@@ -133,7 +136,18 @@ class _PairWalk:
         )
         bias = bias_or_zero(layer, weight.shape[0] * weight.shape[1])
         found = (weight @ stats.mean_in[:, :, None]).flatten() + bias
+        self._reset_norm(path, rows)
         find_outputs(self.result, path).shift_mean((found - stats.mean_out).cpu())
+
+    def _reset_norm(self, path: str, rows: Tensor | None) -> None:
+        """Give a batch norm the original's statistics: the outputs are the original's again."""
+        norm, exact = (find_outputs(g, path).norm for g in (self.result, self.original))
+        if norm is None or exact is None:
+            return
+        for name in ("running_mean", "running_var"):
+            values: Tensor = getattr(exact, name)
+            kept = values if rows is None else values[rows.to(values.device)]
+            getattr(norm, name).copy_(kept)
 
 
 class _Stats:
