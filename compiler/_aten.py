@@ -9,6 +9,9 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+# Pointwise operators that ATen does not tag as such.
+_POINTWISE = ("hardswish", "prelu")
+
 
 def op_name(node: fx.Node) -> str:
     """Return the name without overload, `relu_` for `aten.relu_.default`; empty for no operator."""
@@ -26,6 +29,13 @@ def argument(node: fx.Node, position: int) -> Any:
     if declared.name in node.kwargs:
         return node.kwargs[declared.name]
     return declared.default_value if declared.has_default_value() else None
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Report whether an operator computes every output value from its values at one position."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    return torch.Tag.pointwise in node.target.tags or op_name(node) in _POINTWISE
 
 
 def rank(node: Any) -> int | None:

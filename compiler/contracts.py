@@ -139,11 +139,21 @@ class QuantState:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What a pruned graph was: the unfolded original, and the channels kept, by group's name."""
+
+    graph: Graph
+    keep: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class QuantizerSupplies:
     """What a quantizer may use beside the folded graph and the calibration set.
 
     Attributes:
         unfolded: the same model with its batch norms, for methods that read their statistics.
+        unpruned: what a pruned model was, for methods that restore pruned channels themselves;
+            None: nothing was pruned, or it is to be taken as it is.
         held_out: images (n, c, h, w) made in another way: nothing is fitted to them, they choose
             between results. None: a part of the calibration set is put aside for that.
         fitting: how many of them, from the first on, look like the model's data, as far as can be
@@ -156,6 +166,7 @@ class QuantizerSupplies:
     """
 
     unfolded: Graph | None = None
+    unpruned: Pruned | None = None
     held_out: torch.Tensor | None = None
     fitting: int | None = None
     memory_bytes: int | None = None

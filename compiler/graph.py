@@ -18,14 +18,11 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfqc.compiler._aten import data_nodes, op_name
+from dfqc.compiler._aten import data_nodes, is_pointwise
 from dfqc.compiler.contracts import ImageSpec
 
 LAYER_TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 NORM_TYPES = (nn.BatchNorm2d, nn.BatchNorm1d)
-
-# Pointwise operators that ATen does not tag as such.
-_POINTWISE = ("hardswish", "prelu")
 
 
 @dataclass(frozen=True)
@@ -248,9 +245,7 @@ def _is_getitem(node: fx.Node) -> bool:
 def _is_pointwise(graph: Graph, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(graph.module.get_submodule(str(node.target)), NORM_TYPES)
-    if not isinstance(node.target, OpOverload):
-        return False
-    return torch.Tag.pointwise in node.target.tags or op_name(node) in _POINTWISE
+    return is_pointwise(node)
 
 
 def _name_blocks(

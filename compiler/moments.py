@@ -66,6 +66,15 @@ def input_moments(graph: Graph) -> dict[str, Moments]:
     return walker.inputs
 
 
+def node_moments(graph: Graph) -> dict[str, Moments]:
+    """Return, per node name, mean and variance of its output, as far as they can be derived."""
+    walker = _MomentWalker(graph)
+    walker.garbage_collect_values = False
+    with torch.inference_mode():
+        walker.run(torch.zeros(1, *graph.image.size, dtype=torch.float64))
+    return {n.name: value for n, value in walker.env.items() if isinstance(value, Moments)}
+
+
 def folded_moments(graph: Graph, folded: Graph) -> dict[str, Moments]:
     """Return `input_moments` as the layers of the folded graph see them.
 
