@@ -37,7 +37,7 @@ from dfqc.compiler.quantize._units import (
     merge_blocks,
     save_unit,
 )
-from dfqc.compiler.quantize._walker import LEARNED, Decision, Network, Walker
+from dfqc.compiler.quantize._walker import CLOSED, LEARNED, NEAREST, Decision, Network, Walker
 from dfqc.compiler.spec import MAX_BITS, Plan
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Run:
 
     def _start(self, states: Mapping[str, QuantState]) -> QuantState:
         """Return the state that learning begins with."""
-        names = ("closed", "nearest", *states)
+        names = (CLOSED, NEAREST, *states)
         return states[next(name for name in names if name in states)]
 
     def _stream(self, images: Tensor, budget: Budget) -> Stream:

@@ -160,7 +160,8 @@ def _optimizers(
         if isinstance(layer, SoftRounding):
             rounding.append(layer.position)
         elif isinstance(layer, FlexRounding):
-            rounding += [layer.factors, layer.rows, layer.columns]
+            shared = [layer.rows, layer.columns] if layer.together else []
+            rounding += [layer.factors, *shared]
     biases = [layer.bias_ratio for layer in layers if layer.bias_ratio is not None]
     chosen = (
         (rounding, options.lr_rounding, options.rounding == "flex"),

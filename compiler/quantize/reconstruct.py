@@ -28,6 +28,7 @@ from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
 from dfqc.compiler.quantize._train import TrainOptions
 from dfqc.compiler.quantize._units import UnitKind
+from dfqc.compiler.quantize._walker import CLOSED, NEAREST
 from dfqc.compiler.spec import Plan
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Options(TrainOptions):
         100, ge=0, description="steps and biases of the whole network, after all units"
     )
     tune_rate: float = Field(1e-3, ge=0)
-    tune_rounding: float = Field(0.0, ge=0, description="rate of the codes in it; 0 keeps them")
+    tune_rounding: float = Field(2e-3, ge=0, description="rate of the codes in it; 0 keeps them")
     tune_temperature: float = Field(2.0, gt=0)
     weighting: Literal["none", "fisher"] = Field("none", description="of the error (BRECQ)")
     output_weight: float = Field(0.0, ge=0, description="weight of the output's KL (PD-Quant)")
@@ -189,7 +190,7 @@ def _reconstruct(
     judges = [own, *(part for part in parts if len(part))]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
-    learning, choosing = augmented(images, options.copies, rng), torch.cat(judges[:2])
+    learning, choosing = augmented(images, options.copies, rng), _even(judges[:2])
     run = Run(graph, plan, options, learning, choosing, ready, rng.initial_seed(), device)
     learned, notes = run.all_passes(progress, supplies, left)
     state = list(learned.values())[-1]
@@ -220,6 +221,12 @@ def _split(images: Tensor) -> tuple[Tensor, Tensor]:
     judged = torch.arange(len(images)) % step == step - 1
     judged[-1] = True
     return images[~judged], images[judged]
+
+
+def _even(parts: Sequence[Tensor]) -> Tensor:
+    """Return as many images of each part: of two kinds, none outvotes the other."""
+    count = min(map(len, parts))
+    return torch.cat([part[:count] for part in parts])
 
 
 def augmented(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
@@ -257,8 +264,8 @@ def _ready(
     ranges = {name: getattr(options, name) for name in ("weights", "acts", "percentile")}
     ranges["batch_size"] = options.pass_size
     states = {}
-    for name, plugin in (("nearest", rtn), ("closed", gptq)):
-        if name == "closed" and options.start != "closed":
+    for name, plugin in ((NEAREST, rtn), (CLOSED, gptq)):
+        if name == CLOSED and options.start != "closed":
             continue
         state = plugin.quantize(
             *(graph, calib, plan, plugin.Options.model_validate(ranges)),
