@@ -36,7 +36,7 @@ from dfqc.compiler.plan import make_plan
 from dfqc.compiler.recipe import make_recipe
 from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import Plan, default_ends, parse_bits
-from dfqc.compiler.stages_calib import fitting_part
+from dfqc.compiler.stages_calib import count_fitting
 
 CPU = torch.device("cpu")
 BITS = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
@@ -71,7 +71,7 @@ class Case:
     unfolded: Graph
     calib: CalibSet
     held_out: Tensor
-    judges: Tensor  # the part of them that chooses between learned results
+    fitting: int  # how many of them look like the network's data
     seconds: float  # for making the calibration images
 
 
@@ -121,8 +121,8 @@ def open_case(net: Net, source: str, options: argparse.Namespace) -> Case:
         graph, unfolded, calib, held = (
             driver.value(n) for n in ("fold", "equalize", "synthesize", "holdout")
         )
-    judges = fitting_part(held, batch_norm=has_batch_norm(unfolded))
-    return Case(net, graph, unfolded, calib, held.images, judges, seconds)
+    fitting = count_fitting(held, batch_norm=has_batch_norm(unfolded))
+    return Case(net, graph, unfolded, calib, held.images, fitting, seconds)
 
 
 def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -178,7 +178,7 @@ def quantize(case: Case, plan: Plan, method: str, effort: str) -> QuantState:
         rng=torch.Generator().manual_seed(0),
         device=CPU,
         supplies=QuantizerSupplies(
-            unfolded=case.unfolded, held_out=case.held_out, fitting=case.judges
+            unfolded=case.unfolded, held_out=case.held_out, fitting=case.fitting
         ),
     )
     return bias.correct(

@@ -139,15 +139,25 @@ class QuantState:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What a pruned graph was: the unfolded original, and the channels kept, by group's name."""
+
+    graph: Graph
+    keep: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class QuantizerSupplies:
     """What a quantizer may use beside the folded graph and the calibration set.
 
     Attributes:
         unfolded: the same model with its batch norms, for methods that read their statistics.
+        unpruned: what a pruned model was, for methods that restore pruned channels themselves;
+            None: nothing was pruned, or it is to be taken as it is.
         held_out: images (n, c, h, w) made in another way: nothing is fitted to them, they choose
             between results. None: a part of the calibration set is put aside for that.
-        fitting: those of them that look like the model's data, to choose between units by; None:
-            all of them.
+        fitting: how many of them, from the first on, look like the model's data, as far as can be
+            told; None: all of them.
         memory_bytes: what the run may use in all; caches spill to disk beyond their share.
         seconds: wall-clock the quantizer may take. It does less work where the planned does not
             fit, and then sets `shortened` in its info to True. None: as long as it takes.
@@ -156,8 +166,9 @@ class QuantizerSupplies:
     """
 
     unfolded: Graph | None = None
+    unpruned: Pruned | None = None
     held_out: torch.Tensor | None = None
-    fitting: torch.Tensor | None = None
+    fitting: int | None = None
     memory_bytes: int | None = None
     seconds: float | None = None
     checkpoint: Checkpoint = forgetful

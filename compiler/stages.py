@@ -215,14 +215,14 @@ def quantize(context: Context) -> QuantState:
     import torch
 
     from dfqc.compiler.graph import has_batch_norm
-    from dfqc.compiler.stages_calib import fitting_part
+    from dfqc.compiler.stages_calib import count_fitting
 
     recipe, unfolded = context.settings.recipe, context.value("equalize")
     plugin = plugins.load("quantizer", recipe.quantizer)
     supplies = QuantizerSupplies(
         unfolded=unfolded,
         held_out=context.value("holdout").images,
-        fitting=fitting_part(context.value("holdout"), batch_norm=has_batch_norm(unfolded)),
+        fitting=count_fitting(context.value("holdout"), batch_norm=has_batch_norm(unfolded)),
         memory_bytes=recipe.memory_bytes,
         seconds=context.share_of_time(_QUANTIZE_SHARE),
         checkpoint=context.checkpoint,

@@ -64,7 +64,7 @@ def measure_moments(
     count = 0
     for index, value in enumerate(quantized):
         wanted = max(1, int(count_patches(module, value) * share))
-        for part in _pick(count_patches(module, value), wanted, groups * dim):
+        for part in pick_patches(count_patches(module, value), wanted, groups * dim):
             patches = gather_patches(value, module, part)
             count += patches.shape[1]
             mean += patches.sum(1, dtype=torch.float64)
@@ -146,7 +146,7 @@ def _output_size(module: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
     return rows, columns
 
 
-def _pick(patches: int, wanted: int, width: int) -> tuple[Tensor, ...]:
+def pick_patches(patches: int, wanted: int, width: int) -> tuple[Tensor, ...]:
     """Return patch numbers spread over all of them, in parts that fit the memory set aside.
 
     One of every equal stretch, at places in it that do not repeat: evenly spaced ones would walk

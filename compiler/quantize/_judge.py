@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dfqc.compiler.quantize._stream import Rows
+
+_NO_ERROR = 1e-14  # of float32
 
 
 def output_error(
@@ -18,9 +21,10 @@ def output_error(
     batch: int,
     device: torch.device,
 ) -> float:
-    """Return the mean over the images of |function(x) - target|^2 / |target|^2.
+    """Return the geometric mean over the images of |function(x) - target|^2 / |target|^2.
 
-    Every image counts alike, however large its activations are.
+    Every image counts alike, however large its activations are, and every kind of image, however
+    hard it is: images that are unlike the model's data have by far the larger errors.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
@@ -29,5 +33,6 @@ def output_error(
             wanted = target.read(rows, device).flatten(1)
             found = function(inputs.read(rows, device)).flatten(1)
             noise = (found - wanted).square().sum(1)
-            total += (noise / wanted.square().sum(1).clamp_min(1e-12)).double().sum()
-    return float(total) / max(1, len(inputs))
+            relative = (noise / wanted.square().sum(1).clamp_min(1e-12)).double()
+            total += relative.clamp_min(_NO_ERROR).log().sum()
+    return math.exp(float(total) / max(1, len(inputs)))

@@ -21,6 +21,7 @@ from dfqc.compiler.contracts import QTensor, WeightGrid
 LEAN = 0.6  # towards given codes; above 1/2, so that rounding gives them
 INSIDE = 0.4  # steps from its code at which a weight begins; at 0.5, noise would move it on
 ZETA, GAMMA = 1.1, -0.1  # h(V) is stretched to [GAMMA, ZETA] and cut off at [0, 1]
+_MANY = 288  # weights per output from which on rates are not lowered
 Layer = nn.Conv2d | nn.Linear
 
 
@@ -169,8 +170,9 @@ class FlexRounding(LearnedWeight):
         """Begin at rounding to nearest; with `start`, at the nearest weight with those codes."""
         super().__init__(layer, grid, least, units)
         weight = layer.weight.detach()
-        # A step of learning moves the widest codes of any grid by the same share of a code.
-        self.reach = 4 / grid.levels
+        # A step of learning moves the widest codes of any grid by the same share of a code, and
+        # fewer of them where an output has few: there, each code that flips moves it by more.
+        self.reach = 4 / grid.levels * min(1.0, (weight[0].numel() / _MANY) ** 0.5)
         if start is not None:
             # Dividing cannot turn a sign, nor leave zero: the weight itself moves to its code.
             codes, position = start.to(weight), weight / self.scale.detach()

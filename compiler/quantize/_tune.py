@@ -65,7 +65,7 @@ def tune(
             "drop": 0.0,
             "error_weight": 0.0,
             "round_weight": 0.0,
-            "lr_rounding": 0.0,
+            "lr_rounding": options.tune_rounding,
             "lr_weight_scale": options.tune_rate,
             "lr_act_scale": options.tune_rate,
             "lr_bias": options.tune_rate,

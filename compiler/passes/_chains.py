@@ -1,0 +1,261 @@
+"""Operators between two layers in, second moments of the channels that cross them out.
+
+A chain runs from the layer that makes channels (its producer) to one that reads them (its user),
+through operators that keep channels apart: batch norm, activation, depthwise convolution,
+pooling, flattening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from dfqc.compiler._aten import argument, pair
+from dfqc.compiler.covariance import (
+    InputModel,
+    Lag,
+    activation_moments,
+    depthwise_covariance,
+    hermite,
+    is_known_activation,
+    kernel_products,
+    mehler,
+    output_covariance,
+)
+from dfqc.compiler.graph import Graph, layer_nodes
+from dfqc.compiler.moments import AVERAGING, Moments
+from dfqc.compiler.passes._layers import bias_or_zero
+from dfqc.compiler.placement import CAT, GRID_PRESERVING
+
+_aten = torch.ops.aten
+Covariance = Callable[[Lag], Tensor]
+SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Nodes between `producer` and `user` (module paths), in the order they run."""
+
+    producer: str
+    user: str
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Channels to correlate: those of `graph`, all of them or the ones at `keep`."""
+
+    graph: Graph
+    keep: Tensor | None = None
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Return what belongs to the channels (axis 0), float64."""
+        chosen = values if self.keep is None else values[self.keep.to(values.device)]
+        return chosen.detach().cpu().double()
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Channels at one point of a chain: mean and variance (channels,), covariance at a lag."""
+
+    mean: Tensor
+    var: Tensor
+    covariance: Covariance
+
+
+def find_chain(graph: Graph, producer: str, user: str) -> Chain | None:
+    """Return the chain between two layers, None if there is none or it mixes channels."""
+    nodes = dict(layer_nodes(graph))
+    start, node = nodes[producer], nodes[user]
+    path = _walk_back(graph, node.args[0], start)
+    return None if path is None else Chain(producer, user, tuple(reversed(path)))
+
+
+def follow_chain(
+    chain: Chain, rows: tuple[Rows, ...], source: Moments, model: InputModel
+) -> Signal:
+    """Return the channels of all `rows`, one after the other, as the user reads them.
+
+    Batch norms state mean and standard deviation; without one they follow from the source.
+
+    Args:
+        chain: between the layers.
+        rows: channels of the original network, or of it and of the changed one.
+        source: moments of the producer's input, maps of (1, channels, ...).
+        model: how the producer's input correlates.
+    """
+    signal = _start(chain, rows, source, model)
+    for node in chain.nodes:
+        signal = _step(node, rows, signal)
+    return signal
+
+
+def _walk_back(graph: Graph, node: Any, start: fx.Node) -> list[fx.Node] | None:
+    """Return the nodes from `node` back to the one behind `start`."""
+    if node is start:
+        return []
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is CAT:
+        parts = cast("list[fx.Node]", node.args[0])
+        ways = [_walk_back(graph, part, start) for part in parts]
+        return next((way for way in ways if way is not None), None)
+    if not _keeps_channels_apart(graph, node):
+        return None
+    rest = _walk_back(graph, node.args[0], start)
+    return None if rest is None else [node, *rest]
+
+
+def _keeps_channels_apart(graph: Graph, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph.module.get_submodule(str(node.target))
+        return isinstance(module, nn.modules.batchnorm._BatchNorm) or _is_depthwise(module)
+    if node.op != "call_function":
+        return False
+    passes = GRID_PRESERVING - {_aten.pixel_shuffle.default, _aten.channel_shuffle.default}
+    passes -= {_aten.permute.default, _aten.transpose.int, _aten.slice.Tensor}
+    return (
+        node.target in passes
+        or node.target in AVERAGING
+        or is_known_activation(node.target, tuple(node.args[1:]))
+    )
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.groups == module.in_channels == module.out_channels
+        and module.groups > 1
+    )
+
+
+def _start(chain: Chain, rows: tuple[Rows, ...], source: Moments, model: InputModel) -> Signal:
+    """Return what the producer puts out."""
+    layers = [row.graph.module.get_submodule(chain.producer) for row in rows]
+    first = layers[0]
+    weight = torch.cat(
+        [row.pick(_dense(cast(Any, m))) for row, m in zip(rows, layers, strict=True)]
+    )
+    bias = torch.cat(
+        [
+            row.pick(bias_or_zero(cast(Any, m), len(cast(Tensor, m.weight))))
+            for row, m in zip(rows, layers, strict=True)
+        ]
+    )
+    mean, var = (_per_channel(first, value) for value in (source.mean, source.var))
+    if model == "identity":
+        var = torch.ones_like(var)
+    dilation = pair(first.dilation) if isinstance(first, nn.Conv2d) else (1, 1)
+    stride = pair(first.stride) if isinstance(first, nn.Conv2d) else (1, 1)
+    products = kernel_products(weight, var, dilation)
+
+    def covariance(lag: Lag) -> Tensor:
+        return output_covariance(products, (lag[0] * stride[0], lag[1] * stride[1]), model)
+
+    expected = (weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3)) + bias
+    return Signal(expected, covariance((0, 0)).diagonal().clone(), _remember(covariance))
+
+
+def _dense(module: nn.Conv2d | nn.Linear) -> Tensor:
+    """Return a weight as (outputs, all channels, height, width), zeros between groups."""
+    weight = module.weight.detach()
+    if isinstance(module, nn.Linear):
+        return weight[:, :, None, None]
+    if module.groups == 1:
+        return weight
+    per = module.out_channels // module.groups
+    blocks = weight.new_zeros(module.out_channels, module.in_channels, *module.kernel_size)
+    for group in range(module.groups):
+        out = slice(group * per, (group + 1) * per)
+        size = weight.shape[1]
+        blocks[out, group * size : (group + 1) * size] = weight[out]
+    return blocks
+
+
+def _per_channel(layer: nn.Module, value: Tensor) -> Tensor:
+    """Return the mean over positions of a map that a layer reads, (channels,)."""
+    if isinstance(layer, nn.Linear):
+        return value.reshape(-1, value.shape[-1]).mean(0)
+    return value.mean((0, 2, 3))
+
+
+def _step(node: fx.Node, rows: tuple[Rows, ...], signal: Signal) -> Signal:
+    """Return the channels behind one node of a chain."""
+    if node.op == "call_module":
+        modules = [row.graph.module.get_submodule(str(node.target)) for row in rows]
+        if isinstance(modules[0], nn.Conv2d):
+            return _depthwise(cast("list[nn.Conv2d]", modules), rows, signal)
+        return _normalize(cast("list[nn.BatchNorm2d]", modules), rows, signal)
+    args = tuple(node.args[1:])
+    if is_known_activation(node.target, args):
+        return _activate(node.target, args, signal)
+    if node.target in (_aten.max_pool2d.default, _aten.avg_pool2d.default):
+        stride = pair(argument(node, 2) or argument(node, 1))
+        inner = signal.covariance
+        return Signal(
+            signal.mean,
+            signal.var,
+            lambda lag: inner((lag[0] * stride[0], lag[1] * stride[1])),
+        )
+    return signal
+
+
+def _normalize(modules: list[nn.BatchNorm2d], rows: tuple[Rows, ...], signal: Signal) -> Signal:
+    ones = [torch.ones(m.num_features) for m in modules]
+    gamma = torch.cat(
+        [r.pick(o if m.weight is None else m.weight)
+         for r, m, o in zip(rows, modules, ones, strict=True)]
+    )  # fmt: skip
+    beta = torch.cat(
+        [r.pick(torch.zeros_like(o) if m.bias is None else m.bias)
+         for r, m, o in zip(rows, modules, ones, strict=True)]
+    )  # fmt: skip
+    factor = gamma / signal.var.clamp_min(SMALLEST).sqrt()
+    inner = signal.covariance
+    return Signal(beta, gamma.square(), lambda lag: inner(lag) * torch.outer(factor, factor))
+
+
+def _activate(target: Any, args: tuple[Any, ...], signal: Signal) -> Signal:
+    std = signal.var.clamp_min(SMALLEST).sqrt()
+    series = hermite(target, args, signal.mean, std)
+    moments = activation_moments(target, args, signal.mean, std)
+    inner = signal.covariance
+
+    def covariance(lag: Lag) -> Tensor:
+        correlation = (inner(lag) / torch.outer(std, std)).clamp(-1, 1)
+        return mehler(correlation, series, moments.var)
+
+    return Signal(moments.mean, moments.var, _remember(covariance))
+
+
+def _depthwise(modules: list[nn.Conv2d], rows: tuple[Rows, ...], signal: Signal) -> Signal:
+    first = modules[0]
+    weight = torch.cat([r.pick(m.weight[:, 0]) for r, m in zip(rows, modules, strict=True)])
+    bias = torch.cat(
+        [r.pick(bias_or_zero(m, m.out_channels)) for r, m in zip(rows, modules, strict=True)]
+    )
+    stride, dilation = pair(first.stride), pair(first.dilation)
+
+    def covariance(lag: Lag) -> Tensor:
+        return depthwise_covariance(weight, lag, stride, dilation, signal.covariance)
+
+    expected = signal.mean * weight.sum((1, 2)) + bias
+    return Signal(expected, covariance((0, 0)).diagonal().clone(), covariance)
+
+
+def _remember(covariance: Covariance) -> Covariance:
+    """Keep what was computed: a lag and its opposite are one matrix and its transpose."""
+    known: dict[Lag, Tensor] = {}
+
+    def recall(lag: Lag) -> Tensor:
+        if lag < (0, 0):
+            return recall((-lag[0], -lag[1])).mT
+        if lag not in known:
+            known[lag] = covariance(lag)
+        return known[lag]
+
+    return recall
