@@ -14,8 +14,8 @@ from dfqc.compiler import plugins
 from dfqc.compiler.allocate import CHUNK_BYTES, WIDTHS, images_for
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.pruning import quantizer_overrides
 from dfqc.compiler.stages_calib import HELD_OUT, MATCHED
-from dfqc.compiler.stages_prune import quantizer_overrides
 
 if TYPE_CHECKING:
     from dfqc.compiler.graph import Graph

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dfqc.compiler import stage_keys as depend
-from dfqc.compiler import stages, stages_allocate, stages_calib, stages_engine, stages_prune, storage
+from dfqc.compiler import (
+    stages,
+    stages_allocate,
+    stages_calib,
+    stages_engine,
+    stages_prune,
+    storage,
+)
 from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, Limits, Stage, StageRecord
@@ -51,7 +58,7 @@ STAGES: tuple[Stage, ...] = (
         stages_prune.verify_prune,
         options=depend.prune_options,
         environment=depend.versions("torch"),
-        code=depend.modules("passes.prune", "passes.restore", "passes.sparsity", "passes.fold"),
+        code=depend.modules("pruning"),
     ),
     # Before any work: a rule that matches nothing and bits that the target cannot hold fail here.
     Stage(
@@ -118,7 +125,7 @@ STAGES: tuple[Stage, ...] = (
         stages_prune.load_refit,
         options=depend.refit_options,
         environment=depend.compute,
-        code=depend.modules("passes._least_squares", "passes.bias", "stages_calib"),
+        code=depend.modules("pruning", "passes._least_squares", "passes.bias"),
     ),
     # All but synthesis works on the folded graph: it is what the engine runs. Folding takes
     # milliseconds, storing the weights twice would not.

@@ -1,4 +1,4 @@
-"""What the recipe says about pruning: its texts in, numbers out; contradictions are refused here."""
+"""What a recipe says about pruning: its texts in, numbers out, or why they contradict."""
 
 from __future__ import annotations
 

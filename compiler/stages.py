@@ -218,8 +218,9 @@ def quantize(context: Context) -> QuantState:
     import torch
 
     from dfqc.compiler.graph import has_batch_norm
+    from dfqc.compiler.pruning import quantizer_overrides
     from dfqc.compiler.stages_calib import count_fitting
-    from dfqc.compiler.stages_prune import quantizer_overrides, unfolded_graph, unpruned
+    from dfqc.compiler.stages_prune import unfolded_graph, unpruned
 
     recipe, unfolded = context.settings.recipe, unfolded_graph(context)
     plugin = plugins.load("quantizer", recipe.quantizer)
