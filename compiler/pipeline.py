@@ -119,7 +119,7 @@ STAGES: tuple[Stage, ...] = (
     # stages read the batch norms of what is quantized.
     Stage(
         "refit",
-        ("equalize", "prune", "synthesize", "holdout"),
+        ("trace", "equalize", "prune", "synthesize", "holdout"),
         stages_prune.refit,
         stages_prune.save_refit,
         stages_prune.load_refit,

@@ -20,10 +20,7 @@ from dfqc.compiler.units import format_duration, format_size
 if TYPE_CHECKING:
     import numpy as np
 
-LAYER_COLUMNS = (
-    *("name", "op", "asked", "exported", "executed", "rounding", "reason", "sqnr_db"),
-    *("channels_before", "channels_after"),
-)
+LAYER_COLUMNS = (*("name", "op", "asked", "exported", "executed", "rounding", "reason", "sqnr_db"),)
 
 _TILE = 96  # pixels of the shorter side below which images are enlarged on a contact sheet
 _GOOD_DB = 40.0  # length of a full bar
@@ -56,7 +53,8 @@ def layers_csv(manifest: Mapping[str, Any]) -> str:
     """Return the precision ledger, one line per layer."""
     out = io.StringIO()
     layers, widths = manifest.get("layers", []), _widths(manifest)
-    columns = (*LAYER_COLUMNS, *(f"w{bits}_alone_db" for bits in widths))
+    pruned = ("channels_before", "channels_after") if manifest.get("pruning") else ()
+    columns = (*LAYER_COLUMNS, *pruned, *(f"w{bits}_alone_db" for bits in widths))
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for layer in layers:

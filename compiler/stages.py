@@ -272,8 +272,7 @@ def export_float(context: Context) -> bytes:
     """Write the float model that the engine is compared with: the user's, not equalized."""
     from dfqc.compiler.passes.fold import fold as fold_graph
 
-    job: Job = context.settings
-    model: bytes = job.backend.lower_float(fold_graph(context.value("trace")))
+    model: bytes = context.settings.backend.lower_float(fold_graph(context.value("trace")))
     return model
 
 

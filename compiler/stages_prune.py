@@ -155,7 +155,7 @@ def refit(context: Context) -> Refit:
     fitting = count_fitting(held_out, batch_norm=has_batch_norm(original))
     judges = [own, held_out.images[:fitting], held_out.images[fitting:]]
     scores: dict[str, float] = {}
-    exact = on_device(original, device)
+    exact = on_device(context.value("trace"), device)  # the user's, also where that was equalized
     for name, graph in (("restored", restored), ("refit", fitted)):
         here = on_device(graph, device)
         found = [divergence(exact, here, part, device=device) for part in judges if len(part)]
