@@ -125,7 +125,8 @@ STAGES: tuple[Stage, ...] = (
         stages_prune.load_refit,
         options=depend.refit_options,
         environment=depend.compute,
-        code=depend.modules("pruning", "passes._least_squares", "passes.bias"),
+        code=depend.modules("pruning", "passes._least_squares", "quantize.reconstruct"),
+        seeded=True,
     ),
     # All but synthesis works on the folded graph: it is what the engine runs. Folding takes
     # milliseconds, storing the weights twice would not.

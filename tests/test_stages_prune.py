@@ -111,7 +111,7 @@ def test_a_budget_of_work_and_weights_fitted_to_the_images(shared, capsys):
     scores = about["refit"]["scores"]
     assert about["refit"]["kept"] == min(scores, key=scores.get)
     assert set(scores) == {"restored", "refit"}
-    assert about["refit"]["images"] == 6  # of 8 two judge
+    assert about["refit"]["images"] == 4 * 6  # of 8 two judge; each is mirrored and shifted
     assert manifest["status"] == "passed"
     off = build(capsys, shared, "--macs", "0.8", "--refit", "off", output="off")
     assert off["pruning"]["refit"] is None
