@@ -40,8 +40,8 @@ _MASKS, _GRAPH = "masks.safetensors", "graph"
 _LIVE_BYTES = 1 << 30  # of the largest activation of both networks while weights are fitted
 _LEAST_IMAGES = 32
 # Measured on CIFAR-10 ResNets of which 30 % of the inner channels are gone, 48 synthetic images: a
-# ResNet-20 (float 92.1, restored 84.3) is at 85.6 from the images alone, at 88.5 with copies of them
-# that are mirrored and shifted and a ridge of 0.1 for 0.01; a ResNet-56 at 91.9 for 90.8.
+# ResNet-20 (float 92.1, restored 84.3) is at 85.6 from the images alone, at 88.5 with copies that
+# are mirrored and shifted and a ridge of 0.1 for 0.01; a ResNet-56 (restored 90.8) is at 91.9.
 _COPIES, _RIDGE = 4, 0.1
 _JUDGE_STEP = 4  # every fourth calibration image judges and is not fitted to
 _LEAST = 1e-12  # a divergence that is nothing
@@ -135,10 +135,10 @@ def load_prune(folder: Path) -> Cut:
 def refit(context: Context) -> Refit:
     """Fit the weights that are left to the calibration images, and keep the better network.
 
-    Better is what is nearer to the original on images that nothing was fitted to: of the calibration
-    set, and made to fit the batch norms in another way, by the ratios of the divergences. Noise has
-    no say where there are others: for it the restored ResNet-56 is twice as good as the fitted one,
-    which is better by a point on real images.
+    Better is what is nearer to the original on images that nothing was fitted to: of the
+    calibration set, and made to fit the batch norms in another way, by the ratios of the
+    divergences. Noise has no say where there are others: for it the restored ResNet-56 is twice as
+    good as the fitted one, which is better by a point on real images.
     """
     import torch
 
