@@ -60,7 +60,8 @@ def run_plan(
         facts = load_json(driver.artifact("trace").file(FACTS))
         data = load_json(driver.artifact("data").file(DATA))
         plan = load_json(driver.artifact("plan").file(PLAN))
-        graph = driver.value("trace")
+        cut = driver.value("prune")
+        graph = cut.graph or driver.value("trace")
         free = _free(job, plan)
         stages = [dataclasses.asdict(e) for e in make_driver(job, store).explain()]
         stored = {row["name"] for row in stages if row["status"] == "hit"}
@@ -78,6 +79,7 @@ def run_plan(
         "runtime": job.runtime,
         "bits": recipe.bits,
         "weight_limit": recipe.weight_limit,
+        "pruning": dict(cut.about) or None,
         "chosen_later": list(free),
         "layers": plan["layers"],
         "quantizers": plan["quantizers"],

@@ -10,6 +10,7 @@ import typer
 
 from dfqc.compiler.flags import with_recipe_flags
 from dfqc.compiler.output import Json, emit, only_results_on_stdout, table
+from dfqc.compiler.pruning_report import summarize
 from dfqc.compiler.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
     ratio = size["float_bytes"] / size["model_bytes"]
     sizes = f"{format_size(size['model_bytes'])}, float {format_size(size['float_bytes'])}"
     lines = [f"size       {sizes} ({ratio:.1f} x smaller)"]
+    if pruning := manifest["pruning"]:
+        lines.append(f"pruning    {summarize(pruning)}")
     if chosen := manifest["allocation"]:
         lines.append(f"bits       {chosen['avg_bits']:.2f} on average under {chosen['limit']}")
     if top1["images"]:
@@ -151,6 +154,8 @@ def _describe_plan(result: Mapping[str, Any]) -> list[str]:
         for row in result["layers"]
     ]
     lines = table(("layer", "op", "asked", "exported", "input grid", "why"), rows)
+    if pruning := result["pruning"]:
+        lines = [f"pruning: {summarize(pruning)}", *_describe_groups(pruning), "", *lines]
     if result["chosen_later"]:
         count = len(result["chosen_later"])
         lines.append(
@@ -176,6 +181,15 @@ def _describe_plan(result: Mapping[str, Any]) -> list[str]:
         " (within a factor of about two)"
     )
     return lines
+
+
+def _describe_groups(pruning: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (row["name"], str(row["channels_before"]), str(row["channels_after"]), "")
+        for row in pruning["groups"]
+    ]
+    rows += [(row["name"], "", "", f"left alone: {row['reason']}") for row in pruning["left"]]
+    return table(("group", "channels", "kept", "why"), rows) if rows else []
 
 
 def _describe_stages(stages: list[dict[str, Any]]) -> list[str]:

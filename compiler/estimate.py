@@ -14,6 +14,7 @@ from dfqc.compiler import plugins
 from dfqc.compiler.allocate import CHUNK_BYTES, WIDTHS, images_for
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.pruning import quantizer_overrides
 from dfqc.compiler.stages_calib import HELD_OUT, MATCHED
 
 if TYPE_CHECKING:
@@ -71,10 +72,12 @@ def estimate(
     rows = [
         Estimate("synthesize", recipe.samples * passes * image, kept * size + own + 2 * pixels),
         Estimate("holdout", half * matched * image, kept * half),
+        *_refit(recipe, image, activations),
         *_allocation(recipe, facts, image),
         _quantization(recipe, graph, image, pixels, activations),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
+        *([Estimate("pruned", 2.0 + weights / 50e6, 6 * weights)] if recipe.prunes else []),
         Estimate("lower", 2.0 + weights / 50e6, 6 * weights),
         Estimate("verify", 4 * HELD_OUT * image, 32 * activations),
         Estimate("evaluate", 4 * (HELD_OUT + labelled) * image, 64 * activations),
@@ -88,10 +91,19 @@ def _quantization(
 ) -> Estimate:
     """Return what the quantizer says of itself: passes of the network, and caches."""
     plugin = plugins.load("quantizer", recipe.quantizer)
-    options = plugin_options(plugin, recipe.quantizer, recipe.effort, recipe.quantizer_option)
+    overrides = quantizer_overrides(recipe)
+    options = plugin_options(plugin, recipe.quantizer, recipe.effort, overrides)
     seconds = plugin.count_passes(options, recipe.samples) * image
     kept = plugin.count_bytes(options, graph, recipe.samples)
     return Estimate("quantize", seconds, pixels + _QUANTIZER_BATCH * activations + kept)
+
+
+def _refit(recipe: Recipe, image: float, activations: int) -> list[Estimate]:
+    """Both networks node by node, a system per layer, and the judging of both results."""
+    if not recipe.refits:
+        return []
+    passes = 6 * (recipe.samples + HELD_OUT)
+    return [Estimate("refit", passes * image, min(recipe.samples * activations, 4 << 30))]
 
 
 def _allocation(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[Estimate]:

@@ -25,8 +25,9 @@ class Flag:
     short: tuple[str, ...] = ()
 
 
-_PLAN, _CALIB, _QUANT, _GATES, _RUN = (
+_PLAN, _PRUNE, _CALIB, _QUANT, _GATES, _RUN = (
     "Bits and target",
+    "Pruning",
     "Calibration images",
     "Quantizer",
     "Evaluation and gates",
@@ -47,6 +48,17 @@ FLAGS = (
     Flag("layer", list[str], "bits of some layers (repeatable)", "GLOB=wNaM", _PLAN),
     Flag("avg_bits", float, "choose weight bits per layer: their average", "BITS", _PLAN),
     Flag("size", str, "choose weight bits per layer: size of model.onnx", "200k", _PLAN),
+    Flag("prune", float, "remove this part of the channels inside blocks", "PART", _PRUNE),
+    Flag("prune_by", str, "uniform, or error: where it costs least", "NAME", _PRUNE),
+    Flag("params", float, "keep this part of the parameters, shared by error", "PART", _PRUNE),
+    Flag("macs", float, "keep this part of the multiply-adds, shared by error", "PART", _PRUNE),
+    Flag("prune_layer", list[str], "part of some layers (repeatable)", "GLOB=PART", _PRUNE),
+    Flag("prune_criterion", str, "auto, l1, l2, bn, output, restored", "NAME", _PRUNE),
+    Flag("prune_residual", bool, "prune channels of residual sums too", panel=_PRUNE),
+    Flag("channel_multiple", int, "pruned layers keep a multiple of it", "N", _PRUNE),
+    Flag("restore", str, "patches, moments, weights, lbyl, merging, none", "NAME", _PRUNE),
+    Flag("sparsity", str, "weights set to zero: 2:4, or a part", "N:M|PART", _PRUNE),
+    Flag("refit", str, "auto, on, off: least squares on the images", "NAME", _PRUNE),
     Flag("effort", str, "quick, standard or max: time for images and rounding", "NAME", _CALIB),
     Flag("synth", str, "synthesizer of the images (dfqc list)", "NAME", _CALIB, ("--method",)),
     Flag("synth_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _CALIB),

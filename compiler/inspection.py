@@ -13,6 +13,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 from dfqc.compiler.errors import LoadError
 from dfqc.compiler.package import MODEL, open_package
+from dfqc.compiler.pruning_report import summarize
 from dfqc.compiler.units import format_size
 
 _COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -33,7 +34,7 @@ def run_inspect(path: Path) -> dict[str, Any]:
     package = open_package(path)
     manifest = package.manifest
     summary = {"package": str(path)} | inspect_model(package.folder / MODEL)
-    fields = ("bits", "target", "dfqc", "metrics", "parity", "size", "gates", "layers")
+    fields = ("bits", "target", "dfqc", "metrics", "parity", "size", "gates", "layers", "pruning")
     return summary | {name: manifest[name] for name in fields if name in manifest}
 
 
@@ -70,6 +71,8 @@ def describe_inspect(result: Mapping[str, Any]) -> list[str]:
         "weights     " + _tally(f"{row['bits']} bits" for row in result["weights"]),
         "activations " + _tally(f"{row['bits']} bits" for row in result["activations"]),
     ]
+    if pruning := result.get("pruning"):
+        lines.append(f"pruning     {summarize(pruning)}")
     lines += [f"metadata    {key} = {value}" for key, value in result["metadata"].items()]
     for row in result.get("layers", []):
         lines.append(

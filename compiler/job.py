@@ -73,11 +73,13 @@ def make_job(recipe: Recipe) -> Job:
 
 
 def output_folder(recipe: Recipe) -> Path:
-    """Return -o, or `out/<model>-<bits>-<target>`; a limit on the weights follows the bits."""
+    """Return -o, or `out/<model>-<bits>-<target>`; limits and pruning follow the bits."""
     if recipe.output:
         return Path(recipe.output)
     limit = (recipe.weight_limit or "").replace("--", "-").replace(" ", "")
-    return Path("out") / f"{model_name(recipe)}-{recipe.bits}{limit}-{recipe.target}"
+    names = ("prune", "params", "macs", "sparsity")
+    smaller = "".join(f"-{n}{v}".replace(":", "of") for n in names if (v := getattr(recipe, n)))
+    return Path("out") / f"{model_name(recipe)}-{recipe.bits}{limit}{smaller}-{recipe.target}"
 
 
 def model_name(recipe: Recipe) -> str:

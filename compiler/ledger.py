@@ -7,6 +7,7 @@ from typing import Any
 
 from dfqc.compiler.allocate import Effect, table_from_json
 from dfqc.compiler.pipeline import Build
+from dfqc.compiler.pruning_report import PRUNING, list_widths
 from dfqc.compiler.stages_allocate import ALLOCATION
 from dfqc.compiler.stages_engine import METRICS, PARITY
 from dfqc.compiler.storage import INFO, PLAN
@@ -20,6 +21,7 @@ def list_layers(build: Build) -> list[dict[str, Any]]:
     executed: Mapping[str, str] = {}
     if build.job.runtime is not None:
         executed = build.data("verify", PARITY)["executed"]
+    widths = list_widths(build.file("prune", PRUNING))
     rounding = _rounding(build.data("correct", INFO)["info"])
     return [
         {
@@ -31,6 +33,9 @@ def list_layers(build: Build) -> list[dict[str, Any]]:
             "reason": layer["reason"],
             "rounding": rounding.get(layer["name"]),
             "sqnr_db": sqnr.get(layer["name"]),
+            # Output channels; null where nothing was pruned.
+            "channels_before": widths.get(layer["name"], [None, None])[0],
+            "channels_after": widths.get(layer["name"], [None, None])[1],
             "sensitivity": _sensitivity(table.get(layer["name"])),
         }
         for layer in planned

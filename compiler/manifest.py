@@ -22,6 +22,7 @@ from dfqc.compiler.evaluate import agrees
 from dfqc.compiler.job import Job
 from dfqc.compiler.package import MODEL, SCHEMA
 from dfqc.compiler.pipeline import Build
+from dfqc.compiler.pruning_report import describe_pruning
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
 from dfqc.compiler.storage import INFO, NAMES
@@ -78,6 +79,7 @@ def assemble(build: Build) -> dict[str, Any]:
         "gates": gates,
         "notes": _notes(job, facts["image"]),
         "stages": [dataclasses.asdict(record) for record in build.records],
+        "pruning": describe_pruning(build),
         "allocation": ledger.describe_allocation(build),
         "quantization": ledger.describe_quantization(build),
         "layers": ledger.list_layers(build),
@@ -165,7 +167,7 @@ def _top1(scores: Mapping[str, Any]) -> dict[str, Any]:
     """Percent of right predictions; every value is null without labelled images."""
     found = scores.get("top1", {})
     return {
-        **{name: found.get(name) for name in ("float", "simulated", "engine")},
+        **{name: found.get(name) for name in ("float", "pruned", "simulated", "engine")},
         "images": scores.get("images", 0),
         "agreement": scores.get("agreement"),
         "drop_standard_error": scores.get("drop_standard_error"),
@@ -184,6 +186,9 @@ def _latency(build: Build) -> dict[str, Any]:
         "threads": engine.get("threads"),
         "float_p90": reference.get("p90_ms"),
         "engine_p90": engine.get("p90_ms"),
+        # The pruned model in float; null where no channels were removed.
+        "pruned": times.get("pruned", {}).get("median_ms"),
+        "pruned_speedup": times.get("pruned_speedup", {}).get("median"),
         "speedup_best": ratio.get("best"),
         "runs": engine.get("runs"),
         "warmup": engine.get("warmup"),

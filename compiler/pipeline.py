@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dfqc.compiler import stage_keys as depend
-from dfqc.compiler import stages, stages_allocate, stages_calib, stages_engine, storage
+from dfqc.compiler import (
+    stages,
+    stages_allocate,
+    stages_calib,
+    stages_engine,
+    stages_prune,
+    storage,
+)
 from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, Limits, Stage, StageRecord
@@ -40,24 +47,28 @@ STAGES: tuple[Stage, ...] = (
         options=depend.pick("equalize"),
         code=depend.modules("passes.equalize"),
     ),
-    # All but synthesis works on the folded graph: it is what the engine runs. Folding takes
-    # milliseconds, storing the weights twice would not.
+    # What can be removed and restored without data is, before anything is planned: a budget that
+    # cannot be met fails here, and the plan is the smaller model's. Images are the original's.
     Stage(
-        "fold",
+        "prune",
         ("equalize",),
-        stages.fold,
-        check=stages.verify_fold,
-        code=depend.modules("passes.fold"),
+        stages_prune.prune,
+        stages_prune.save_prune,
+        stages_prune.load_prune,
+        stages_prune.verify_prune,
+        options=depend.prune_options,
+        environment=depend.versions("torch"),
+        code=depend.modules("pruning"),
     ),
     # Before any work: a rule that matches nothing and bits that the target cannot hold fail here.
     Stage(
         "plan",
-        ("fold",),
+        ("equalize", "prune"),
         stages.plan,
         storage.save_plan,
         storage.load_plan,
         options=depend.plan_options,
-        code=depend.modules("plan"),
+        code=depend.modules("plan", "passes.fold"),
     ),
     # What the images need is checked now, not when they are needed: an empty folder, too few
     # images, a label out of range or missing batch norms must not cost an hour of synthesis.
@@ -104,6 +115,28 @@ STAGES: tuple[Stage, ...] = (
         code=depend.held_out,
         seeded=True,
     ),
+    # Images tell more of a pruned model's layers than batch norms do. Before folding, because later
+    # stages read the batch norms of what is quantized.
+    Stage(
+        "refit",
+        ("trace", "equalize", "prune", "synthesize", "holdout"),
+        stages_prune.refit,
+        stages_prune.save_refit,
+        stages_prune.load_refit,
+        options=depend.refit_options,
+        environment=depend.compute,
+        code=depend.modules("pruning", "passes._least_squares", "quantize.reconstruct"),
+        seeded=True,
+    ),
+    # All but synthesis works on the folded graph: it is what the engine runs. Folding takes
+    # milliseconds, storing the weights twice would not.
+    Stage(
+        "fold",
+        ("equalize", "prune", "refit"),
+        stages.fold,
+        check=stages.verify_fold,
+        code=depend.modules("passes.fold"),
+    ),
     # Which layers can do with fewer bits shows on images. Without a limit the plan passes through.
     Stage(
         "allocate",
@@ -117,11 +150,11 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "quantize",
-        ("equalize", "fold", "allocate", "synthesize", "holdout"),
+        ("equalize", "prune", "refit", "fold", "allocate", "synthesize", "holdout"),
         stages.quantize,
         storage.save_state,
         storage.load_state,
-        options=depend.pick("quantizer", "quantizer-option", "effort", "budget", "memory"),
+        options=depend.quantize_options,
         environment=depend.compute,
         code=depend.quantizer,
         seeded=True,
@@ -129,7 +162,7 @@ STAGES: tuple[Stage, ...] = (
     # After rounding, whose mean error it undoes, and before lowering, which snaps the biases.
     Stage(
         "correct",
-        ("equalize", "fold", "synthesize", "holdout", "quantize"),
+        ("equalize", "prune", "refit", "fold", "synthesize", "holdout", "quantize"),
         stages.correct,
         storage.save_state,
         storage.load_state,
@@ -147,6 +180,17 @@ STAGES: tuple[Stage, ...] = (
         options=depend.pick("target"),
         environment=depend.versions(*depend.EXPORTERS),
         code=depend.backend("passes.fold"),
+    ),
+    # A second control: what of the speed comes from fewer channels, what from fewer bits.
+    Stage(
+        "pruned",
+        ("prune", "fold"),
+        stages_prune.export_pruned,
+        stages_prune.save_pruned,
+        stages_prune.load_pruned,
+        options=depend.pick("target"),
+        environment=depend.versions(*depend.EXPORTERS),
+        code=depend.backend(),
     ),
     Stage(
         "lower",
@@ -183,7 +227,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        ("trace", "fold", "holdout", "correct", "lower"),
+        ("trace", "prune", "fold", "holdout", "correct", "lower"),
         stages_engine.evaluate,
         stages_engine.save_metrics,
         stages_engine.load_metrics,
@@ -194,7 +238,7 @@ STAGES: tuple[Stage, ...] = (
     # Last, when nothing else runs: the one figure that other work would spoil.
     Stage(
         "bench",
-        ("trace", "float", "lower"),
+        ("trace", "float", "pruned", "lower"),
         stages_engine.bench,
         stages_engine.save_latency,
         stages_engine.load_latency,

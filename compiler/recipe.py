@@ -15,6 +15,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dfqc.compiler import plugins
 from dfqc.compiler.allocate import widths
 from dfqc.compiler.errors import UsageError
+from dfqc.compiler.pruning_flags import (
+    check_pruning,
+    parse_part,
+    parse_sparsity,
+    read_sparsity,
+    read_switch,
+)
 from dfqc.compiler.spec import (
     Bits,
     Rule,
@@ -53,6 +60,8 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_split_numbers)]
 Size = Annotated[tuple[int, int, int], BeforeValidator(_split_size)]
 Rules = Annotated[tuple[str, ...], BeforeValidator(_as_rules)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Sparsity = Annotated[str | None, BeforeValidator(read_sparsity)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(read_switch)]
 
 
 class Recipe(BaseModel):
@@ -75,6 +84,18 @@ class Recipe(BaseModel):
     layer: Rules = ()
     avg_bits: float | None = Field(None, gt=0)
     size: str | None = None
+
+    prune: float | None = Field(None, gt=0, lt=1)
+    prune_by: Literal["uniform", "error"] = "uniform"
+    params: float | None = Field(None, gt=0, le=1)
+    macs: float | None = Field(None, gt=0, le=1)
+    prune_layer: Rules = ()
+    prune_criterion: Literal["auto", "l1", "l2", "bn", "output", "restored"] = "auto"
+    prune_residual: bool = False
+    channel_multiple: int = Field(1, ge=1)
+    restore: Literal["patches", "moments", "weights", "lbyl", "merging", "none"] = "patches"
+    sparsity: Sparsity = None
+    refit: Switch = "auto"
 
     effort: Effort = "standard"
     synth: str = "zeroq"
@@ -127,6 +148,33 @@ class Recipe(BaseModel):
     def size_bytes(self) -> int | None:
         """Limit of the model's file."""
         return parse_size(self.size, where="--size") if self.size else None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether channels are removed."""
+        return bool(self.prune or self.params or self.macs or self.prune_layer)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether channels are removed or weights set to zero."""
+        return self.prunes or self.sparsity is not None
+
+    @property
+    def pruned_layers(self) -> tuple[tuple[str, float], ...]:
+        """Parts to remove by layer, later ones win."""
+        return tuple(parse_part(text) for text in self.prune_layer)
+
+    @property
+    def zeros(self) -> float | tuple[int, int] | None:
+        """Part of the weights that becomes zero, or N of M that stay."""
+        return None if self.sparsity is None else parse_sparsity(self.sparsity)
+
+    @property
+    def refits(self) -> bool:
+        """Whether weights are fitted to images after pruning: on noise it makes them worse."""
+        if self.refit != "auto":
+            return self.refit == "on"
+        return self.shrinks and self.synth != "noise" and self.quantizer != "udfc"
 
     @property
     def budget_seconds(self) -> float | None:
@@ -192,6 +240,7 @@ def check_recipe(recipe: Recipe) -> None:
     for rule in recipe.rules:
         check_bits(rule.bits, target, where=f"--layer {rule.pattern!r}")
     _check_weight_limit(recipe, target)
+    check_pruning(recipe)
     _check_calibration(recipe)
     _check_image(recipe)
     if recipe.device != "cpu" and recipe.device.split(":")[0] != "cuda":

@@ -14,6 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler._html import ABSENT, Markup, bullets, page, pairs, section, table
+from dfqc.compiler.pruning_report import pruning_html
 from dfqc.compiler.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
         section("Latency", _latency(manifest)),
         section("Size", _size(manifest)),
         section("Calibration images", _calibration(manifest, contact_sheet_png)),
+        section("Pruning", pruning_html(manifest)),
         section("Precision ledger", _ledger(manifest.get("layers", []))),
         section("Weight bits under a limit", _allocation(manifest)),
         section("Stages", _stages(manifest.get("stages", []))),
@@ -51,7 +53,8 @@ def layers_csv(manifest: Mapping[str, Any]) -> str:
     """Return the precision ledger, one line per layer."""
     out = io.StringIO()
     layers, widths = manifest.get("layers", []), _widths(manifest)
-    columns = (*LAYER_COLUMNS, *(f"w{bits}_alone_db" for bits in widths))
+    pruned = ("channels_before", "channels_after") if manifest.get("pruning") else ()
+    columns = (*LAYER_COLUMNS, *pruned, *(f"w{bits}_alone_db" for bits in widths))
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for layer in layers:
@@ -140,7 +143,8 @@ def _metrics(manifest: Mapping[str, Any]) -> str:
     top1, agreement = metrics.get("top1") or {}, metrics.get("agreement") or {}
     rows = [
         [name, _number(top1.get(name)), _number(100 if name == "float" else agreement.get(name))]
-        for name in ("float", "simulated", "engine")
+        for name in ("float", "pruned", "simulated", "engine")
+        if name != "pruned" or top1.get(name) is not None
     ]
     images = top1.get("images")
     facts = {
@@ -158,7 +162,8 @@ def _latency(manifest: Mapping[str, Any]) -> str:
     latency = _get(manifest, "metrics", "latency_ms")
     if not latency:
         return "<p>Not measured.</p>"
-    rows = [[name, _number(latency.get(name), 3)] for name in ("float", "engine")]
+    names = ("float", "pruned", "engine") if latency.get("pruned") else ("float", "engine")
+    rows = [[name, _number(latency.get(name), 3)] for name in names]
     note = (
         f"Batch {latency.get('batch', ABSENT)}, {latency.get('threads', ABSENT)} threads; medians "
         "of calls that took turns in one run. Trust the ratio "
@@ -201,6 +206,7 @@ def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             layer.get("name"),
+            _width(layer),
             layer.get("op"),
             layer.get("asked"),
             layer.get("exported"),
@@ -212,8 +218,16 @@ def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
         ]
         for layer in layers
     ]
-    header = ("layer", "op", "asked", "exported", "executed", "rounding", "why", "SQNR (dB)", "")
-    return table(header, rows, numeric=(7,))
+    header = ["layer", "channels", "op", "asked", "exported", "executed", "rounding", "why"]
+    header += ["SQNR (dB)", ""]
+    if not any(layer.get("channels_after") for layer in layers):
+        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
+    return table(header, rows, numeric=(len(header) - 2,))
+
+
+def _width(layer: Mapping[str, Any]) -> str:
+    before, after = layer.get("channels_before"), layer.get("channels_after")
+    return str(after) if before == after else f"{before} → {after}"
 
 
 def _allocation(manifest: Mapping[str, Any]) -> str:

@@ -29,6 +29,26 @@ def trace_options(job: Job) -> Mapping[str, Any]:
     return {"model": job.model_digest, **image}
 
 
+def prune_options(job: Job) -> Mapping[str, Any]:
+    """What is removed, and how it is restored; one key for all recipes that remove nothing."""
+    if not job.recipe.shrinks:
+        return {}
+    amounts = pick("prune", "prune-by", "params", "macs", "prune-layer", "sparsity", "restore")(job)
+    return {**amounts, **pick("prune-criterion", "prune-residual", "channel-multiple")(job)}
+
+
+def refit_options(job: Job) -> Mapping[str, Any]:
+    """Whether weights are fitted, and within which memory."""
+    return {"memory": job.recipe.memory} if job.recipe.refits else {}
+
+
+def quantize_options(job: Job) -> Mapping[str, Any]:
+    """What the quantizer depends on beside its inputs."""
+    options = pick("quantizer", "quantizer-option", "effort", "budget", "memory")(job)
+    own = {"restore": job.recipe.restore} if job.recipe.quantizer == "udfc" else {}
+    return {**options, **own}
+
+
 def plan_options(job: Job) -> Mapping[str, Any]:
     """What the decisions before any work depend on."""
     target = dataclasses.asdict(job.backend.TARGET)

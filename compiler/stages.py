@@ -93,8 +93,9 @@ def verify_equalize(graph: Graph) -> None:
 def fold(context: Context) -> Graph:
     """Fold the batch norms."""
     from dfqc.compiler.passes.fold import fold as fold_graph
+    from dfqc.compiler.stages_prune import unfolded_graph
 
-    return fold_graph(context.value("equalize"))
+    return fold_graph(unfolded_graph(context))
 
 
 def verify_fold(graph: Graph) -> None:
@@ -106,12 +107,14 @@ def verify_fold(graph: Graph) -> None:
 
 def plan(context: Context) -> Plan:
     """Decide what every layer and tensor gets."""
+    from dfqc.compiler.passes.fold import fold as fold_graph
     from dfqc.compiler.plan import make_plan
+    from dfqc.compiler.stages_prune import pruned_graph
 
     job: Job = context.settings
-    recipe = job.recipe
+    recipe, graph = job.recipe, fold_graph(pruned_graph(context))
     decided = make_plan(
-        context.value("fold"),
+        graph,
         job.backend.TARGET,
         recipe.asked_bits,
         recipe.rules,
@@ -120,7 +123,7 @@ def plan(context: Context) -> Plan:
     if recipe.weight_limit is not None:
         from dfqc.compiler.stages_allocate import check_limit
 
-        check_limit(job, context.value("fold"), decided)
+        check_limit(job, graph, decided)
     return decided
 
 
@@ -215,12 +218,15 @@ def quantize(context: Context) -> QuantState:
     import torch
 
     from dfqc.compiler.graph import has_batch_norm
+    from dfqc.compiler.pruning import quantizer_overrides
     from dfqc.compiler.stages_calib import count_fitting
+    from dfqc.compiler.stages_prune import unfolded_graph, unpruned
 
-    recipe, unfolded = context.settings.recipe, context.value("equalize")
+    recipe, unfolded = context.settings.recipe, unfolded_graph(context)
     plugin = plugins.load("quantizer", recipe.quantizer)
     supplies = QuantizerSupplies(
         unfolded=unfolded,
+        unpruned=unpruned(context),
         held_out=context.value("holdout").images,
         fitting=count_fitting(context.value("holdout"), batch_norm=has_batch_norm(unfolded)),
         memory_bytes=recipe.memory_bytes,
@@ -228,7 +234,8 @@ def quantize(context: Context) -> QuantState:
         checkpoint=context.checkpoint,
         scratch=context.scratch,
     )
-    options = plugin_options(plugin, recipe.quantizer, recipe.effort, recipe.quantizer_option)
+    overrides = quantizer_overrides(recipe)
+    options = plugin_options(plugin, recipe.quantizer, recipe.effort, overrides)
     device = device_of(context)
     state: QuantState = plugin.quantize(
         context.value("fold"),
@@ -246,11 +253,12 @@ def quantize(context: Context) -> QuantState:
 def correct(context: Context) -> QuantState:
     """Undo the mean error of every layer in its bias."""
     from dfqc.compiler.passes import bias
+    from dfqc.compiler.stages_prune import unfolded_graph
 
     method = context.settings.recipe.bias_correction
     return bias.correct(
         context.value("fold"),
-        context.value("equalize"),
+        unfolded_graph(context),
         context.value("quantize"),
         context.value("synthesize"),
         bias.Options.model_validate(_CORRECTIONS.get(method, {"method": method})),
@@ -264,8 +272,7 @@ def export_float(context: Context) -> bytes:
     """Write the float model that the engine is compared with: the user's, not equalized."""
     from dfqc.compiler.passes.fold import fold as fold_graph
 
-    job: Job = context.settings
-    model: bytes = job.backend.lower_float(fold_graph(context.value("trace")))
+    model: bytes = context.settings.backend.lower_float(fold_graph(context.value("trace")))
     return model
 
 

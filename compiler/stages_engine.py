@@ -99,6 +99,8 @@ def evaluate(context: Context) -> dict[str, Any]:
         "float": TorchRunner(context.value("trace")),
         "simulated": TorchRunner(simulated(graph, state)),
     }
+    if context.value("prune").keep:
+        runners["pruned"] = TorchRunner(graph)  # what channels cost, without what rounding costs
     nodes = {name: layer.node for name, layer in state.plan.layers.items()}
     result: dict[str, Any] = {
         # Float layers here: the integer ones already clip their output as a ReLU behind them would.
@@ -147,6 +149,8 @@ def bench(context: Context) -> dict[str, Any]:
 
     recipe, threads = context.settings.recipe, bench_threads(context.settings)
     models = {"float": context.path("float", FLOAT_MODEL), "engine": context.path("lower", MODEL)}
+    smaller = context.path("pruned", FLOAT_MODEL)
+    models |= {"pruned": smaller} if smaller.is_file() else {}
     image = image_spec(load_json(context.path("trace", FACTS))["image"])
     with contextlib.ExitStack() as stack:
         runners = {
@@ -158,6 +162,8 @@ def bench(context: Context) -> dict[str, Any]:
         name: dataclasses.asdict(summarize(times, batch=recipe.batch, threads=threads, warmup=10))
         for name, times in samples.items()
     }
+    if "pruned" in samples:
+        result["pruned_speedup"] = speedup(samples["float"], samples["pruned"])
     return result | {"speedup": speedup(samples["float"], samples["engine"])}
 
 

@@ -176,7 +176,7 @@ def test_labels_out_of_range_are_said_before_synthesis(build, workspace):
     assert "out of range" in message
     assert "0..9" in message
     stages = {json.loads(p.read_text())["stage"] for p in workspace.cache.rglob("artifact.json")}
-    assert stages == {"trace", "plan"}
+    assert stages == {"trace", "prune", "plan"}
 
 
 def stages_of(workspace):
@@ -186,7 +186,7 @@ def stages_of(workspace):
 def test_missing_batch_norms_are_said_before_synthesis(build, workspace):
     message = build(*workspace.weights("no_norm"), *QUICK, code=4)
     assert "--synth zeroq: the model has no batch norm" in message
-    assert stages_of(workspace) == {"trace", "plan"}
+    assert stages_of(workspace) == {"trace", "prune", "plan"}
 
 
 @pytest.mark.parametrize("verb", ["build", "plan"])
@@ -197,7 +197,7 @@ def test_more_samples_than_images_are_said_before_any_are_read(capsys, workspace
     done = run(capsys, workspace, verb, *given)
     assert done.code == 3
     assert "holds 24 images and 25 were asked for" in done.user_fault
-    assert stages_of(workspace) == {"trace", "plan"}
+    assert stages_of(workspace) == {"trace", "prune", "plan"}
 
 
 def test_top1_of_a_model_that_has_no_classes(build, workspace):

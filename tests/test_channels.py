@@ -6,6 +6,7 @@ from torch.nn import functional as F
 import models
 import pruning
 from dfqc.compiler.channels import Use, find_groups, remove
+from dfqc.compiler.frontend import load_graph, save_graph
 from dfqc.compiler.graph import layer_nodes, verify
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.prune import Options, prune
@@ -280,6 +281,17 @@ def test_nothing_to_remove_changes_nothing():
     x = models.images()
     assert torch.equal(same.module(x), graph.module(x))
     assert torch.equal(whole.module(x), graph.module(x))
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite", "transposed"])
+def test_a_smaller_graph_can_be_stored(name, tmp_path):
+    graph = models.trace_tiny(name)
+    smaller = remove(graph, pruning.draw(graph))
+    save_graph(smaller, tmp_path)
+    x = models.images()
+    assert torch.equal(load_graph(tmp_path).module(x), smaller.module(x))
+    folded = fold(smaller)
+    torch.testing.assert_close(folded.module(x), smaller.module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_names_stay_and_the_input_is_left_alone():

@@ -47,7 +47,7 @@ def test_without_a_verb_the_help_is_shown(capsys):
     ("arguments", "message"),
     [
         (("build", "m.pt", "--bitz", "w4a4"), "No such option: --bitz. Did you mean --bits?"),
-        (("build", "m.pt", "--prune", "0.5"), "No such option: --prune"),
+        (("build", "m.pt", "--prone", "0.5"), "No such option: --prone"),
         (("biuld", "m.pt"), "Did you mean 'build'?"),
         (("build", "m.pt", "--samples", "many"), "Invalid value for '--samples'"),
         (("build", "m.pt", "n.pt"), "unexpected extra argument"),

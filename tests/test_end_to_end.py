@@ -236,7 +236,7 @@ def test_plan_does_no_work_and_says_what_would_be_done(workspace, capsys):
     assert status["plan"] == "hit"
     assert status["synthesize"] == "miss"
     stages = {json.loads(p.read_text())["stage"] for p in workspace.cache.rglob("artifact.json")}
-    assert stages == {"trace", "plan", "data"}
+    assert stages == {"trace", "prune", "plan", "data"}
     text = run(
         capsys, workspace, "plan", *workspace.weights(), *QUICK, "--bits", "w4a4", "--explain"
     ).out

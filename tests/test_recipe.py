@@ -158,7 +158,7 @@ def test_bits_that_the_target_cannot_hold_are_refused_before_the_model_is_opened
     [
         ("model: a\nbitz: w4a4\n", r"recipe\.yaml: unknown key 'bitz'; did you mean 'bits'\?"),
         ("model: a\nmaxdrop: 1\n", r"did you mean 'max-drop'\?"),
-        ("model: a\nprune: 0.5\n", "unknown key 'prune'"),
+        ("model: a\nprone: 0.5\n", "unknown key .prone.; did you mean .prune."),
         ("model: a\nsamples: [1]\n", "--samples"),
         ("- model\n", "`key: value`"),
         ("model: [\n", "is not YAML"),

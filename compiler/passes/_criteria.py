@@ -22,6 +22,7 @@ from dfqc.compiler.placement import ADD
 Criterion: TypeAlias = Literal["l1", "l2", "bn", "output", "restored"]
 
 _STEPS = 512  # greedy decisions per group; wider groups lose several channels in one
+_ROWS = 64  # of a table at a time, so that their squares stay in the cache
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ def eliminate(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tenso
     while left.any():
         gone = torch.where(left, 0.0, weight)
         pivot = torch.where(left, table.diagonal(), 1.0)
-        cost = (weight * (1 / pivot - level) + (table**2) @ gone / pivot).masked_fill(
-            ~left, torch.inf
-        )
+        lifted = torch.cat([part.square() @ gone for part in table.split(_ROWS)])
+        cost = weight * (1 / pivot - level) + lifted / pivot
+        cost = cost.masked_fill(~left, torch.inf)
         count = min(-(-size // _STEPS), int(left.sum()))
         block = torch.argsort(cost, stable=True)[:count]
         inner = torch.linalg.inv(table[block][:, block])
@@ -141,7 +142,7 @@ def eliminate(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tenso
         errors.append(total + (fresh + old).clamp_min(0) * steps)
         total = errors[-1][-1]
         columns = table[:, block] @ inner
-        table -= columns @ rows
+        table.addmm_(columns, rows, alpha=-1)
         table[:, block] = -columns
         table[block] = 0
         left[block] = False

@@ -136,13 +136,22 @@ def output_distance(
     """
     # In float layers: codes that differ on a rounding boundary tell nothing here, and integers are
     # slow.
-    simulation = simulated(graph, state, integer=False).module.to(device)
-    original = graph.module.to(device)
+    simulation = simulated(graph, state, integer=False)
+    return divergence(graph, simulation, images, device=device, batch=batch)
+
+
+def divergence(
+    original: Graph, other: Graph, images: Tensor, *, device: torch.device, batch: int = 32
+) -> float:
+    """Return how far another network's outputs are from the original's; see `output_distance`."""
+    original.module.to(device)
+    other.module.to(device)
     outputs: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode():
         for chunk in images.split(batch):
             x = chunk.to(device)
-            outputs.append((original(x).double().cpu(), simulation(x).double().cpu()))
+            pair = original.module(x), other.module(x)
+            outputs.append((pair[0].double().cpu(), pair[1].double().cpu()))
     exact, rounded = (torch.cat(part) for part in zip(*outputs, strict=True))
     if exact.dim() < 2 or exact.shape[1] < 2:
         return float((exact - rounded).square().sum() / exact.square().sum().clamp_min(1e-30))

@@ -25,6 +25,8 @@ __all__ = ["Criterion", "Curve", "Decision", "Options", "choose", "prune"]
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 12  # reasons in one message
+
 
 @dataclass(frozen=True)
 class Options:
@@ -107,10 +109,12 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
     left = {g.name: reason for g in every if (reason := _why_not(g, options))}
     groups = [group for group in every if group.name not in left]
     if not groups:
-        some = next(iter(left.items()), ("the model", "it has no layers"))
+        some = [f"{name}: {reason}" for name, reason in left.items()] or ["it has no layers"]
+        more = f"; and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
         raise UnsupportedError(
-            f"prune: no group of channels can be pruned, expected at least one; "
-            f"{some[0]}: {some[1]}"
+            "prune: no group of channels can be pruned, expected at least one; "
+            + "; ".join(some[:_SHOWN])
+            + more
         )
     given = dict(curves or {})
     context = gather_context(graph)

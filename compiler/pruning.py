@@ -1,0 +1,150 @@
+"""A recipe and a graph in; what is removed and set to zero, and how it is restored, out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from dfqc.compiler.errors import UsageError
+from dfqc.compiler.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dfqc.compiler.graph import Graph
+
+
+def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the channels that stay, and what is said of the choice."""
+    from dfqc.compiler.channels import find_groups
+    from dfqc.compiler.passes import prune as pruning
+
+    by_error = recipe.prune_by == "error" or recipe.params or recipe.macs
+    criterion = recipe.prune_criterion
+    if criterion == "auto":
+        criterion = "restored" if by_error else "l2"
+    options = pruning.Options(
+        ratio=None if by_error else recipe.prune,
+        channels=recipe.prune if recipe.prune_by == "error" else None,
+        params=recipe.params,
+        macs=recipe.macs,
+        layers=recipe.pruned_layers,
+        criterion=criterion,
+        multiple=recipe.channel_multiple,
+        residual=recipe.prune_residual,
+    )
+    decision = pruning.choose(graph, options)
+    groups = {group.name: group for group in find_groups(graph)}
+    if not decision.keep:
+        widest = max(groups[name].size for name in decision.ratios)
+        raise UsageError(
+            f"prune: no layer loses a channel: the widest group that can be pruned has {widest}, "
+            f"and kept channels are multiples of {recipe.channel_multiple}; ask for more, or lower "
+            "--channel-multiple"
+        )
+    rows = [
+        {
+            "name": name,
+            "channels_before": groups[name].size,
+            "channels_after": len(decision.keep.get(name, range(groups[name].size))),
+            "layers": [*groups[name].producers, *groups[name].through],
+        }
+        for name in decision.ratios
+    ]
+    left = [{"name": name, "reason": reason} for name, reason in decision.left.items()]
+    method = next((n for n in ("params", "macs") if getattr(recipe, n)), "layers")
+    if recipe.prune:
+        method = "uniform" if recipe.prune_by == "uniform" else "channels"
+    return dict(decision.keep), {
+        "method": method,
+        "criterion": criterion,
+        "groups": rows,
+        "left": left,
+    }
+
+
+def make_sparse(recipe: Recipe, graph: Graph) -> tuple[Graph, Mapping[str, Tensor], dict[str, Any]]:
+    """Set weights to zero; mean and variance of the outputs are put back unless asked not to."""
+    from dfqc.compiler.passes import sparsity
+    from dfqc.compiler.passes.fold import fold
+    from dfqc.compiler.passes.restore import Restorer
+
+    folded, asked = fold(graph), recipe.zeros
+    if isinstance(asked, tuple):
+        masks = sparsity.mask_n_of_m(folded, *asked)
+    else:
+        masks = sparsity.mask_smallest(folded, cast(float, asked))
+    if not masks.keep:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in masks.left.items())
+        raise UsageError(f"--sparsity {recipe.sparsity}: no layer can be made sparse: {reasons}")
+    if recipe.restore != "none":
+
+        def zeroed(path: str, layer: Any, outputs: Any) -> Tensor | None:
+            mask = masks.keep.get(path)
+            return None if mask is None else layer.weight.detach().cpu().double() * mask
+
+        graph = Restorer(graph, {}, restoring(recipe), round_layer=zeroed).run()
+    graph = sparsity.apply_masks(graph, masks.keep)
+    total = sum(mask.numel() for mask in masks.keep.values())
+    zeros = total - sum(int(mask.sum()) for mask in masks.keep.values())
+    left = [{"name": name, "reason": reason} for name, reason in masks.left.items()]
+    about = {"pattern": recipe.sparsity, "layers": list(masks.keep), "left": left}
+    return graph, masks.keep, about | {"fraction": zeros / total}
+
+
+def restoring(recipe: Recipe) -> Any:
+    """Return the options of the restoration: `none` leaves mean and variance wrong, too."""
+    from dfqc.compiler.passes.restore import Options
+
+    fixes = recipe.restore != "none"
+    return Options.model_validate(
+        {"method": recipe.restore, "mean_fix": fixes, "variance_fix": fixes}
+    )
+
+
+def quantizer_overrides(recipe: Recipe) -> dict[str, Any]:
+    """Return the quantizer's options; what restores by itself does it in the way asked for."""
+    given = dict(recipe.quantizer_option)
+    if recipe.quantizer != "udfc":
+        return given
+    fixes = recipe.restore != "none"
+    return {"method": recipe.restore, "mean_fix": fixes, "variance_fix": fixes} | given
+
+
+def count_widths(before: Graph, after: Graph) -> dict[str, list[int]]:
+    """Return every layer's output channels, before and after."""
+    from dfqc.compiler.graph import layer_nodes
+
+    def width(graph: Graph, path: str) -> int:
+        layer = cast(Any, graph.module.get_submodule(path))
+        return int(getattr(layer, "out_channels", None) or layer.out_features)
+
+    paths = dict.fromkeys(path for path, _ in layer_nodes(before))
+    return {path: [width(before, path), width(after, path)] for path in paths}
+
+
+def find_kept_outputs(graph: Graph, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, per layer that lost outputs, which of the original's are left."""
+    import torch
+    from torch import nn
+
+    from dfqc.compiler.channels import remove
+    from dfqc.compiler.graph import copy_graph, layer_nodes
+
+    numbered, found = copy_graph(graph), {}
+    numbered.module.double()  # holds every number exactly
+    layers = {
+        path: layer
+        for path, _ in layer_nodes(numbered)
+        if isinstance(layer := numbered.module.get_submodule(path), (nn.Conv2d, nn.Linear))
+    }
+    for layer in layers.values():
+        rows = torch.arange(len(layer.weight), dtype=torch.float64)
+        rows = rows.view(-1, *[1] * (layer.weight.dim() - 1))
+        layer.weight = nn.Parameter(rows.expand_as(layer.weight).clone(), requires_grad=False)
+    cut = remove(numbered, keep)
+    for path, layer in layers.items():
+        left = cast(Any, cut.module.get_submodule(path)).weight.flatten(1)[:, 0].long()
+        if len(left) < len(layer.weight):
+            found[path] = left
+    return found
