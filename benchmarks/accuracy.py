@@ -30,7 +30,19 @@ LEGEND = (
     "and threads as in the JSON file."
 )
 STAGES = (
-    *("trace", "equalize", "fold", "plan", "data", "synthesize", "holdout", "quantize", "correct"),
+    *(
+        "trace",
+        "equalize",
+        "prune",
+        "plan",
+        "data",
+        "synthesize",
+        "holdout",
+        "refit",
+        "fold",
+        "quantize",
+        "correct",
+    ),
     *("float", "lower", "verify", "evaluate", "bench"),
 )
 

@@ -115,7 +115,7 @@ def open_case(net: Net, source: str, options: argparse.Namespace) -> Case:
         given |= {"synth": source}
     job = make_job(make_recipe(given))
     with tempfile.TemporaryDirectory(prefix="dfqc-bench-") as scratch, open_store(scratch) as store:
-        driver = make_driver(job, store, last="holdout")
+        driver = make_driver(job, store, last="fold")
         driver.run()
         seconds = next(r.seconds for r in driver.records if r.name == "synthesize")
         graph, unfolded, calib, held = (

@@ -48,7 +48,7 @@ FLAGS = (
     Flag("layer", list[str], "bits of some layers (repeatable)", "GLOB=wNaM", _PLAN),
     Flag("avg_bits", float, "choose weight bits per layer: their average", "BITS", _PLAN),
     Flag("size", str, "choose weight bits per layer: size of model.onnx", "200k", _PLAN),
-    Flag("prune", float, "remove this part of the channels inside blocks", "PART", _PRUNE),
+    Flag("prune", str, "part of the channels to remove; auto: what --size asks", "PART", _PRUNE),
     Flag("prune_by", str, "uniform, or error: where it costs least", "NAME", _PRUNE),
     Flag("params", float, "keep this part of the parameters, shared by error", "PART", _PRUNE),
     Flag("macs", float, "keep this part of the multiply-adds, shared by error", "PART", _PRUNE),

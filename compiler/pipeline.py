@@ -51,14 +51,15 @@ STAGES: tuple[Stage, ...] = (
     # cannot be met fails here, and the plan is the smaller model's. Images are the original's.
     Stage(
         "prune",
-        ("equalize",),
+        ("trace", "equalize"),
         stages_prune.prune,
         stages_prune.save_prune,
         stages_prune.load_prune,
         stages_prune.verify_prune,
         options=depend.prune_options,
         environment=depend.versions("torch"),
-        code=depend.modules("pruning"),
+        code=depend.modules("pruning", "stages_joint"),
+        seeded=True,
     ),
     # Before any work: a rule that matches nothing and bits that the target cannot hold fail here.
     Stage(

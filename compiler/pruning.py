@@ -19,13 +19,15 @@ def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], di
     from dfqc.compiler.channels import find_groups
     from dfqc.compiler.passes import prune as pruning
 
+    assert recipe.prune != "auto"  # the part is chosen before
+    part = recipe.prune
     by_error = recipe.prune_by == "error" or recipe.params or recipe.macs
     criterion = recipe.prune_criterion
     if criterion == "auto":
         criterion = "restored" if by_error else "l2"
     options = pruning.Options(
-        ratio=None if by_error else recipe.prune,
-        channels=recipe.prune if recipe.prune_by == "error" else None,
+        ratio=None if by_error else part,
+        channels=part if recipe.prune_by == "error" else None,
         params=recipe.params,
         macs=recipe.macs,
         layers=recipe.pruned_layers,

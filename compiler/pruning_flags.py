@@ -48,6 +48,22 @@ def parse_sparsity(text: str) -> float | tuple[int, int]:
     )
 
 
+def read_amount(value: Any) -> Any:
+    """Read the part of `--prune`: a number between 0 and 1, or `auto`."""
+    if value in (None, "auto"):
+        return value
+    try:
+        part = float(value)
+    except (TypeError, ValueError):
+        part = -1.0
+    if not 0 < part < 1:
+        raise UsageError(
+            f"--prune: got {value}, expected a part above 0 and below 1, such as 0.3, or, with "
+            "--size, auto"
+        )
+    return part
+
+
 def read_sparsity(value: Any) -> Any:
     """Undo what YAML makes of `2:4` without quotes: a number to the base of 60."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 59:
@@ -94,6 +110,15 @@ def _check_amounts(recipe: Recipe) -> None:
         raise UsageError(
             "--prune-by error shares the channels of --prune out over the layers: give --prune "
             "(--params and --macs are always shared out so)"
+        )
+    if recipe.prune == "auto" and recipe.size is None:
+        raise UsageError(
+            "--prune auto: removes what a limit on the file asks for, and there is none: give "
+            "--size, or the part to remove, such as --prune 0.3"
+        )
+    if recipe.prune == "auto" and recipe.prune_layer:
+        raise UsageError(
+            "--prune auto and --prune-layer both say how much is pruned: use one of them"
         )
     for text in recipe.prune_layer:
         parse_part(text)

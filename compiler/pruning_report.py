@@ -40,6 +40,8 @@ def summarize(about: Mapping[str, Any]) -> str:
     if groups:
         before, after = (sum(g[f"channels_{when}"] for g in groups) for when in ("before", "after"))
         parts.append(f"{before - after} of {before} channels of {len(groups)} groups removed")
+    elif about.get("budget"):
+        parts.append("no channel removed: the limit is met by fewer bits at less cost")
     if sparsity := about["sparsity"]:
         share = f"{100 * sparsity['fraction']:.0f} % of the weights"
         parts.append(f"{share} of {len(sparsity['layers'])} layers zero ({sparsity['pattern']})")
@@ -74,8 +76,31 @@ def pruning_html(manifest: Mapping[str, Any]) -> str:
     ]
     header = ("group", "channels before", "after", "layers")
     body = pairs(facts) + (table(header, rows, numeric=(1, 2)) if rows else "")
+    body += _trade_offs(about.get("budget"))
     left = [[row["name"], row["reason"]] for row in about["left"]]
     return body + (table(("left alone", "why"), left) if left else "")
+
+
+def _trade_offs(budget: Mapping[str, Any] | None) -> str:
+    """Return the points that were tried for a limit on the file; those worth having are marked."""
+    if not budget:
+        return ""
+    chosen = budget["chosen"]
+    rows = [
+        [
+            "chosen" if all(point[k] == chosen[k] for k in ("part", "bits")) else "",
+            "yes" if point["front"] else "",
+            f"{100 * point['part']:.0f} %",
+            f"w{point['bits']}",
+            f"{point['bytes']:,}",
+            f"{point['params']:,}",
+            f"{point['macs']:,}",
+            f"{point['distance']:.4g}",
+        ]
+        for point in sorted(budget["points"], key=lambda point: point["bytes"])
+    ]
+    header = ("", "Pareto front", "channels removed", "weights", "bytes", "parameters", "MACs")
+    return table((*header, "divergence"), rows, numeric=(2, 4, 5, 6, 7))
 
 
 def _shrunk(about: Mapping[str, Any], key: str) -> str:

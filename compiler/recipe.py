@@ -19,6 +19,7 @@ from dfqc.compiler.pruning_flags import (
     check_pruning,
     parse_part,
     parse_sparsity,
+    read_amount,
     read_sparsity,
     read_switch,
 )
@@ -61,6 +62,7 @@ Size = Annotated[tuple[int, int, int], BeforeValidator(_split_size)]
 Rules = Annotated[tuple[str, ...], BeforeValidator(_as_rules)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 Sparsity = Annotated[str | None, BeforeValidator(read_sparsity)]
+Amount = Annotated[float | Literal["auto"] | None, BeforeValidator(read_amount)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(read_switch)]
 
 
@@ -85,7 +87,7 @@ class Recipe(BaseModel):
     avg_bits: float | None = Field(None, gt=0)
     size: str | None = None
 
-    prune: float | None = Field(None, gt=0, lt=1)
+    prune: Amount = None
     prune_by: Literal["uniform", "error"] = "uniform"
     params: float | None = Field(None, gt=0, le=1)
     macs: float | None = Field(None, gt=0, le=1)
@@ -151,7 +153,7 @@ class Recipe(BaseModel):
 
     @property
     def prunes(self) -> bool:
-        """Whether channels are removed."""
+        """Whether channels are removed (`auto`: perhaps)."""
         return bool(self.prune or self.params or self.macs or self.prune_layer)
 
     @property

@@ -34,7 +34,12 @@ def prune_options(job: Job) -> Mapping[str, Any]:
     if not job.recipe.shrinks:
         return {}
     amounts = pick("prune", "prune-by", "params", "macs", "prune-layer", "sparsity", "restore")(job)
-    return {**amounts, **pick("prune-criterion", "prune-residual", "channel-multiple")(job)}
+    how = pick("prune-criterion", "prune-residual", "channel-multiple")(job)
+    limit = {}
+    if job.recipe.prune == "auto":
+        target = dataclasses.asdict(job.backend.TARGET)
+        limit = {**pick("size", "bits", "ends", "layer", "device")(job), "target": target}
+    return {**amounts, **how, **limit}
 
 
 def refit_options(job: Job) -> Mapping[str, Any]:

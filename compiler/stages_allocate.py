@@ -36,7 +36,7 @@ ALLOCATION = "allocation.json"
 _SUMS = "sums.json"
 _PACKED = 4  # a target that packs weights stores those of so many bits and fewer in so many
 # A later choice of grids can need another zero point, stored as a tensor of its own, per grid.
-_RESERVE = 24
+RESERVE = 24
 _RANGE_IMAGES = 64
 
 
@@ -67,7 +67,7 @@ def allocate(context: Context) -> tuple[Plan, dict[str, Any]]:
             "%s is no limit here: every layer that it may narrow keeps its widest weights",
             job.recipe.weight_limit,
         )
-    plan = _plan(job, graph, chosen, table)
+    plan = plan_with(job, graph, chosen, table)
     return plan, about | {"table": solver.table_to_json(table)}
 
 
@@ -79,7 +79,7 @@ def save_allocation(value: tuple[Plan, Mapping[str, Any]], folder: Path) -> None
 
 def check_limit(job: Job, graph: Graph, plan: Plan) -> None:
     """Refuse, before any work, a limit that no choice can keep (exit 2)."""
-    limit, free = job.recipe.weight_limit, _free(job, plan)
+    limit, free = job.recipe.weight_limit, list_free(job, plan)
     if not free:
         raise UsageError(
             f"{limit}: no layer is left to choose bits for: all are under --layer rules, ends "
@@ -90,7 +90,7 @@ def check_limit(job: Job, graph: Graph, plan: Plan) -> None:
         facts = {"image": dataclasses.asdict(graph.image), "sha256": "0" * 64}
 
         def size(bits: int) -> int:
-            return _file_bytes(job, graph, facts, _plan(job, graph, dict.fromkeys(free, bits)))
+            return file_bytes(job, graph, facts, plan_with(job, graph, dict.fromkeys(free, bits)))
 
         _check_size(job, size(narrow), lambda: size(wide))
 
@@ -147,7 +147,7 @@ def _fit_average(
     job: Job, graph: Graph, plan: Plan, table: Table
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Choose under an average over the weights of the free layers."""
-    counts = _weight_counts(graph, _free(job, plan))
+    counts = _weight_counts(graph, list_free(job, plan))
     ways = _options(table, counts, lambda bits, count: bits * count)
     limit = math.floor((job.recipe.avg_bits or 0) * sum(counts.values()) + 1e-6)
     chosen = solver.choose(ways, limit)
@@ -165,14 +165,14 @@ def _fit_file(
     """
     job: Job = context.settings
     target, widths = job.backend.TARGET, solver.widths(job.backend.TARGET)
-    counts = _weight_counts(graph, _free(job, plan))
+    counts = _weight_counts(graph, list_free(job, plan))
     grids = _grids(graph, plan, context.value("synthesize"), context)
     facts = load_json(context.path("trace", FACTS))
 
     def size(chosen: Mapping[str, int]) -> int:
-        found = _plan(job, graph, chosen)
-        reserve = _RESERVE * len(found.quantizers)
-        return _file_bytes(job, graph, facts, found, grids) + reserve
+        found = plan_with(job, graph, chosen)
+        reserve = RESERVE * len(found.quantizers)
+        return file_bytes(job, graph, facts, found, grids) + reserve
 
     def stored(bits: int, count: int) -> int:
         return -(-count * (_PACKED if target.packed_int4 and bits <= _PACKED else 8) // 8)
@@ -212,7 +212,9 @@ def _describe(job: Job, table: Table, chosen: Mapping[str, int]) -> dict[str, An
     }
 
 
-def _plan(job: Job, graph: Graph, chosen: Mapping[str, int], table: Table | None = None) -> Plan:
+def plan_with(
+    job: Job, graph: Graph, chosen: Mapping[str, int], table: Table | None = None
+) -> Plan:
     """Return the plan with these weight bits and, with a table, their reasons."""
     from dfqc.compiler.plan import Choice, make_plan
 
@@ -234,7 +236,8 @@ def _plan(job: Job, graph: Graph, chosen: Mapping[str, int], table: Table | None
     )
 
 
-def _free(job: Job, plan: Plan) -> tuple[str, ...]:
+def list_free(job: Job, plan: Plan) -> tuple[str, ...]:
+    """Return the layers whose weight bits may be chosen."""
     return solver.free_layers(plan, job.recipe.rules, ends=job.recipe.ends_bits)
 
 
@@ -252,7 +255,7 @@ def _grids(graph: Graph, plan: Plan, calib: CalibSet, context: Context) -> dict[
     )
 
 
-def _file_bytes(
+def file_bytes(
     job: Job,
     graph: Graph,
     facts: Mapping[str, Any],

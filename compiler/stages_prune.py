@@ -27,6 +27,7 @@ from dfqc.compiler.pruning import (
 from dfqc.compiler.pruning_report import PRUNING, REFIT
 from dfqc.compiler.recipe import Recipe
 from dfqc.compiler.stages import device_of
+from dfqc.compiler.stages_joint import choose_part
 from dfqc.compiler.storage import FLOAT_MODEL, load_json, save_json
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ def prune(context: Context) -> Cut:
     masks: Mapping[str, Tensor] = {}
     about: dict[str, Any] = {"restored_by": recipe.restore, "method": None, "criterion": None}
     about |= {"groups": [], "left": [], "sparsity": None}
+    if recipe.prune == "auto":
+        part, about["budget"] = choose_part(context, original)
+        about["method"] = "size"
+        recipe = recipe.model_copy(update={"prune": part or None, "prune_by": "error"})
     if recipe.prunes:
         keep, found = choose_channels(recipe, original)
         graph = restore(original, keep, restoring(recipe))
@@ -99,7 +104,7 @@ def prune(context: Context) -> Cut:
         "macs_after": count_macs(graph),
         "layers": count_widths(original, graph),
     }
-    return Cut(graph, keep, masks, about)
+    return Cut(graph if recipe.shrinks else None, keep, masks, about)
 
 
 def verify_prune(cut: Cut) -> None:
@@ -149,7 +154,7 @@ def refit(context: Context) -> Refit:
     from dfqc.compiler.stages_calib import count_fitting
 
     recipe: Recipe = context.settings.recipe
-    if not recipe.refits:
+    if not recipe.refits or context.value("prune").graph is None:
         return Refit()
     original, cut, device = context.value("equalize"), context.value("prune"), device_of(context)
     restored: Graph = cut.graph

@@ -184,6 +184,7 @@ def test_a_plan_shows_channels_and_work(shared, capsys):
     ("given", "text"),
     [
         (("--prune", "1.5"), "--prune: got 1.5"),
+        (("--prune", "auto"), "--prune auto: removes what a limit on the file asks for"),
         (("--prune", "0.3", "--macs", "0.5"), "--prune and --macs both say how much"),
         (("--prune", "0.01"), "no layer loses a channel"),
         (("--params", "0.01"), "expected at least 0"),
@@ -279,3 +280,26 @@ def test_a_killed_build_goes_on_from_the_pruned_model(tmp_path):
     assert whole.code == 0, whole.err
     files = [json.loads(done.stdout)["files"], whole.json["files"]]
     assert files[0]["model.onnx"] == files[1]["model.onnx"]
+
+
+def test_a_limit_that_bits_alone_cannot_keep_takes_channels_too(shared, capsys):
+    auto = ("--prune", "auto", "--quantizer", "rtn", "--size")
+    wide = build(capsys, shared, *auto, "10m", output="wide")
+    assert wide["pruning"]["budget"]["chosen"]["part"] == 0
+    assert wide["pruning"]["groups"] == []
+    points = wide["pruning"]["budget"]["points"]
+    narrow = min(p["bytes"] for p in points if p["part"] == 0)
+    assert any(p["bytes"] < narrow and p["front"] for p in points)
+    limit = narrow - 100
+    given = (*shared.weights(), *QUICK, *auto[2:], limit, "-o", shared.root / "no")
+    done = run(capsys, shared, "build", *given)
+    assert done.code == 2
+    assert "smallest file that can be reached" in done.user_fault
+    manifest = build(capsys, shared, *auto, str(limit), output="both")
+    budget = manifest["pruning"]["budget"]
+    able = [p for p in budget["points"] if p["bytes"] <= limit]
+    assert budget["chosen"]["distance"] == min(p["distance"] for p in able)
+    assert budget["chosen"]["part"] > 0
+    assert (shared.root / "both" / "model.onnx").stat().st_size <= limit
+    assert manifest["pruning"]["params_after"] < manifest["pruning"]["params_before"]
+    assert "Pareto front" in (shared.root / "both" / "report.html").read_text()
