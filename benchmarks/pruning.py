@@ -67,8 +67,7 @@ def main() -> int:
     parser.add_argument("--bits", nargs="*", type=int, default=[6, 4])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS), choices=BUDGETS)
-    parser.add_argument("--multiple", type=int, default=16,
-                        help="of channels in a further choice: engines pad to a vector's width")  # fmt: skip
+    parser.add_argument("--multiple", type=int, default=16, help="engines pad channels to it")
     parser.add_argument("--fitted", nargs="*", type=float, default=[0.2, 0.3, 0.5],
                         help="ratios with least squares on images")  # fmt: skip
     parser.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True)
@@ -253,13 +252,15 @@ def render(rows: list[dict[str, Any]], command: str, options: argparse.Namespace
     """Return the Markdown table with its command."""
     made = {f"{r['net']}: {r['made']:.0f} s" for r in rows if r["made"]}
     floats = {f"{r['net']}: {r['float']:.2f} on {r['images']} images" for r in rows}
+    setting = (
+        f"Batch of the timing: {options.batch}. Threads: {torch.get_num_threads()}. "
+        f"Float top-1: {'; '.join(sorted(floats))}. "
+        f"Synthetic images made in: {'; '.join(sorted(made)) or 'none made'}."
+    )
     head = [
         f"Command: `{command}`",
         "",
-        f"{LEGEND} Batch of the timing: "
-        f"{options.batch}. Threads: {torch.get_num_threads()}. "
-        f"Float top-1: {'; '.join(sorted(floats))}. "
-        f"Synthetic images made in: {'; '.join(sorted(made)) or 'none made'}.",
+        f"{LEGEND} {setting}",
         "",
         "| " + " | ".join(name for name, _ in COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),

@@ -126,9 +126,15 @@ def correct(
 
 
 def output_distance(
-    graph: Graph, state: QuantState, images: Tensor, *, device: torch.device, batch: int = 32
+    graph: Graph,
+    state: QuantState,
+    images: Tensor,
+    *,
+    device: torch.device,
+    batch: int = 32,
+    exact: Graph | None = None,
 ) -> float:
-    """Return how far the simulation's outputs are from the float ones; 0 is equal.
+    """Return how far the simulation's outputs are from those of `graph`, or `exact`; 0 is equal.
 
     The mean Kullback-Leibler divergence of the softmax over axis 1; of a single output, noise by
     signal. Unlike signal to noise, a divergence does not mistake a common factor on all logits,
@@ -137,16 +143,16 @@ def output_distance(
     # In float layers: codes that differ on a rounding boundary tell nothing here, and integers are
     # slow.
     simulation = simulated(graph, state, integer=False).module.to(device)
-    original = graph.module.to(device)
+    original = (exact or graph).module.to(device)
     outputs: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode():
         for chunk in images.split(batch):
             x = chunk.to(device)
             outputs.append((original(x).double().cpu(), simulation(x).double().cpu()))
-    exact, rounded = (torch.cat(part) for part in zip(*outputs, strict=True))
-    if exact.dim() < 2 or exact.shape[1] < 2:
-        return float((exact - rounded).square().sum() / exact.square().sum().clamp_min(1e-30))
-    wanted, found = exact.log_softmax(1), rounded.log_softmax(1)
+    right, rounded = (torch.cat(part) for part in zip(*outputs, strict=True))
+    if right.dim() < 2 or right.shape[1] < 2:
+        return float((right - rounded).square().sum() / right.square().sum().clamp_min(1e-30))
+    wanted, found = right.log_softmax(1), rounded.log_softmax(1)
     return float((wanted.exp() * (wanted - found)).sum(1).mean())
 
 
