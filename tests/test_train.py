@@ -128,8 +128,7 @@ def test_the_exponent_falls_linearly_after_the_warm_up(fraction, power):
 
 def test_the_error_counts_every_image_alike():
     target = torch.tensor([[1.0, 0.0], [100.0, 0.0]])
-    found = torch.tensor([[1.1, 0.0], [110.0, 0.0]])
-    inputs = rows(found)
-    assert output_error(lambda x: x, inputs, rows(target), batch=1, device=CPU) == pytest.approx(
-        0.01
-    )
+    found = torch.tensor([[1.1, 0.0], [150.0, 0.0]])
+    # Relative errors 0.1^2 and 0.5^2: their geometric mean.
+    error = output_error(lambda x: x, rows(found), rows(target), batch=1, device=CPU)
+    assert error == pytest.approx(0.05)
