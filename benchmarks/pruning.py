@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from _nets import list_nets
 from _pruned import BUDGETS, Case, Cut, choose_channels, kept_rows, open_case, sizes, time_engines
-from _tables import write_results
+from _tables import save_results, write_results
 from torch import Tensor
 
 from dfqc.compiler import plugins
@@ -78,6 +79,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="of the timing")
     parser.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
+    command = " ".join(["python", "benchmarks/pruning.py", *map(shlex.quote, sys.argv[1:])])
     rows: list[dict[str, Any]] = []
     for net in list_nets(options.nets):
         case = open_case(
@@ -91,10 +93,10 @@ def main() -> int:
         for row in measure(case, options):
             rows.append({"net": net.name, "float": exact, "made": case.made, **row})
             print(line(rows[-1]), flush=True)
+            save_results(rows, render(rows, command, options), options.output)
         del case
         gc.collect()
-        command = " ".join(["python", "benchmarks/pruning.py", *sys.argv[1:]])
-        write_results(rows, render(rows, command, options), options.output)
+    write_results(rows, render(rows, command, options), options.output)
     return 0
 
 
