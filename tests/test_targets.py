@@ -89,7 +89,7 @@ def reconstruct_pruned(net, unpruned, **options):
     restored = restore(graph, keep, RestoreOptions(method="none"))
     pruned = fold(restored)
     plan = quantized.plan(pruned, "w4a8")
-    fields = {"iterations": 120, "batch_size": 8, "tune_iterations": 40, "lr_bias": 1e-2, **options}
+    fields = {"iterations": 40, "batch_size": 8, "tune_iterations": 20, "lr_bias": 1e-2, **options}
     state = reconstruct.quantize(
         *(pruned, quantized.calib(), plan, reconstruct.Options(**fields)),
         rng=torch.Generator().manual_seed(0),
