@@ -108,29 +108,29 @@ def choose_channels(case: Case, ratio: float, budgets: list[str], multiple: int)
     For `macs` there is another one that keeps a multiple of channels, if one goes that far.
     """
     graph = case.graph
-    start = time.perf_counter()
+    start = time.process_time()
     uniform = prune.choose(graph, prune.Options(ratio=ratio, criterion="l2"))
-    found = {"uniform l2": Cut(uniform.keep, time.perf_counter() - start)}
+    found = {"uniform l2": Cut(uniform.keep, time.process_time() - start)}
     if not budgets:
         return found
-    start = time.perf_counter()
+    start = time.process_time()
     groups = [g for g in find_groups(graph) if g.prunable and not g.residual]
     curves = error_curves(graph, groups, RestoreOptions())
-    traced = time.perf_counter() - start
+    traced = time.process_time() - start
     params, macs = sizes(case, remove(graph, uniform.keep))
     gone = sum(g.size - len(uniform.keep.get(g.name, range(g.size))) for g in groups)
     parts = {"channels": gone / sum(g.size for g in groups), "params": params, "macs": macs}
     wanted = [(budget, 1) for budget in budgets]
     wanted += [("macs", multiple)] if "macs" in budgets and multiple > 1 else []
     for budget, step in wanted:
-        start = time.perf_counter()
+        start = time.process_time()
         given: dict[str, Any] = {budget: parts[budget], "criterion": "restored", "multiple": step}
         try:
             decision = prune.choose(graph, prune.Options(**given), curves)
         except UsageError as error:
             print(f"{case.net.name}: no {budget} in multiples of {step}: {error}", file=sys.stderr)
             continue
-        seconds = traced + time.perf_counter() - start
+        seconds = traced + time.process_time() - start
         name = f"allocated {budget}" + (f", multiples of {step}" if step > 1 else "")
         found[name] = Cut(decision.keep, seconds)
     return found
