@@ -126,9 +126,15 @@ def correct(
 
 
 def output_distance(
-    graph: Graph, state: QuantState, images: Tensor, *, device: torch.device, batch: int = 32
+    graph: Graph,
+    state: QuantState,
+    images: Tensor,
+    *,
+    device: torch.device,
+    batch: int = 32,
+    exact: Graph | None = None,
 ) -> float:
-    """Return how far the simulation's outputs are from the float ones; 0 is equal.
+    """Return how far the simulation's outputs are from those of `graph`, or `exact`; 0 is equal.
 
     The mean Kullback-Leibler divergence of the softmax over axis 1; of a single output, noise by
     signal. Unlike signal to noise, a divergence does not mistake a common factor on all logits,
@@ -137,7 +143,7 @@ def output_distance(
     # In float layers: codes that differ on a rounding boundary tell nothing here, and integers are
     # slow.
     simulation = simulated(graph, state, integer=False)
-    return divergence(graph, simulation, images, device=device, batch=batch)
+    return divergence(exact or graph, simulation, images, device=device, batch=batch)
 
 
 def divergence(
@@ -152,10 +158,10 @@ def divergence(
             x = chunk.to(device)
             pair = original.module(x), other.module(x)
             outputs.append((pair[0].double().cpu(), pair[1].double().cpu()))
-    exact, rounded = (torch.cat(part) for part in zip(*outputs, strict=True))
-    if exact.dim() < 2 or exact.shape[1] < 2:
-        return float((exact - rounded).square().sum() / exact.square().sum().clamp_min(1e-30))
-    wanted, found = exact.log_softmax(1), rounded.log_softmax(1)
+    right, rounded = (torch.cat(part) for part in zip(*outputs, strict=True))
+    if right.dim() < 2 or right.shape[1] < 2:
+        return float((right - rounded).square().sum() / right.square().sum().clamp_min(1e-30))
+    wanted, found = right.log_softmax(1), rounded.log_softmax(1)
     return float((wanted.exp() * (wanted - found)).sum(1).mean())
 
 

@@ -48,6 +48,7 @@ def round_columns(
     damping: float = 0.01,
     block: int = 128,
     order: Order = "diagonal",
+    zero: Tensor | None = None,
 ) -> Tensor:
     """Return the codes of a weight, (channels, dim) int8.
 
@@ -58,8 +59,10 @@ def round_columns(
         damping: added to the diagonal, in parts of its mean.
         block: columns whose feedback is applied one by one; that of earlier ones is one product.
         order: `diagonal` rounds the columns with the largest inputs first.
+        zero: (channels, dim), True where the code must be 0.
     """
-    return round_factored(rows, factorize(hessian, damping, order), grid, block=block)
+    factor = factorize(hessian, damping, order)
+    return round_factored(rows, factor, grid, block=block, zero=zero)
 
 
 def factorize(hessian: Tensor, damping: float, order: Order) -> Factor:
@@ -86,11 +89,23 @@ def factorize(hessian: Tensor, damping: float, order: Order) -> Factor:
     raise ValueError("a Hessian is not positive definite, whatever its damping: it is not finite")
 
 
-def round_factored(rows: Tensor, factor: Factor, grid: WeightGrid, *, block: int = 128) -> Tensor:
-    """Return the codes of a weight, (channels, dim) int8; `rows` as `round_columns` takes them."""
+def round_factored(
+    rows: Tensor,
+    factor: Factor,
+    grid: WeightGrid,
+    *,
+    block: int = 128,
+    zero: Tensor | None = None,
+) -> Tensor:
+    """Return the codes of a weight, (channels, dim) int8; arguments as `round_columns` has them.
+
+    A code that must be 0 takes up nothing of the error so far, and what is missing there is passed
+    on like any other error (SparseGPT, Frantar and Alistarh 2023, for a given mask).
+    """
     groups, dim = factor.order.shape
     order = factor.order[:, None, :].expand(groups, len(rows) // groups, dim)
     wanted = rows.view(groups, -1, dim).gather(2, order)
+    held = None if zero is None else zero.view(groups, -1, dim).gather(2, order)
     # R_ji / R_ii at (j, i): what column i takes up of the error of column j.
     feedback = (factor.upper / factor.upper.diagonal(dim1=1, dim2=2)[:, None, :]).to(wanted.dtype)
     scale, low = (v.to(wanted).view(groups, -1) for v in (grid.scale, grid.low))
@@ -104,6 +119,8 @@ def round_factored(rows: Tensor, factor: Factor, grid: WeightGrid, *, block: int
             own = (error[:, :, start:i] @ inner[:, :at, at : at + 1]).squeeze(2)
             target = wanted[:, :, i] + carried[:, :, at] + own
             chosen = affine.nearest_codes(target, scale, low, grid.levels)
+            if held is not None:
+                chosen = chosen.masked_fill(held[:, :, i], 0)
             codes[:, :, i] = chosen
             error[:, :, i] = wanted[:, :, i] - chosen * scale
     result = torch.empty_like(codes).scatter_(2, order, codes)

@@ -27,6 +27,7 @@ from dfqc.compiler.quantize._learned import LearnedGrid
 from dfqc.compiler.quantize._rounding import FlexRounding, SoftRounding
 from dfqc.compiler.quantize._schedule import Clock, Report
 from dfqc.compiler.quantize._stream import Stream
+from dfqc.compiler.quantize._targets import Targets
 from dfqc.compiler.quantize._train import TrainOptions, UnitData, train_unit
 from dfqc.compiler.quantize._tune import tune
 from dfqc.compiler.quantize._units import (
@@ -91,13 +92,16 @@ class Run:
     ready: Mapping[str, QuantState]
     seed: int
     device: torch.device
+    targets: Targets
 
     def all_passes(
         self, progress: Progress, supplies: QuantizerSupplies, seconds: float | None
     ) -> tuple[dict[str, QuantState], dict[str, Any]]:
         """Return the reconstructed state, that one tuned as a whole, and notes for the manifest."""
         blocks = merge_blocks(self.graph, self.plan, self.options.merge, self.options.least_layers)
+        blocks = self.targets.close_blocks(blocks)
         units = list_units(self.graph, self.plan, blocks, self.options.unit)
+        units = self.targets.close_units(blocks, units)
         passes = plan_passes(self.options)
         counts = [one.train.iterations for one in passes]
         last = 0 if all_wide(self.plan) else self.options.tune_iterations
@@ -108,7 +112,8 @@ class Run:
         try:
             for number, one in enumerate(passes):
                 network = Network(
-                    self.graph, self._start(states), self.device, self.options.relative
+                    *(self.graph, self._start(states), self.device, self.targets),
+                    relative=self.options.relative,
                 )
                 network.quantize_acts(one.acts)
                 trainer = _Trainer(

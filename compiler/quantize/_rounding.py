@@ -37,7 +37,8 @@ class Units:
 class LearnedWeight(nn.Module, abc.ABC):
     """A convolution or linear layer whose weight is on its way to its grid.
 
-    `soft` tells whether the weight is between codes (while it is trained) or on them.
+    `soft` tells whether the weight is between codes (while it is trained) or on them. Weights of
+    `layer` that are exactly zero were pruned: their codes stay 0.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class LearnedWeight(nn.Module, abc.ABC):
         device = layer.weight.device
         shape = (-1,) + (1,) * (layer.weight.dim() - 1)
         self.levels = grid.levels
+        dense = layer.weight.detach() != 0
+        self.register_buffer("dense", None if dense.all() else dense.to(layer.weight))
         self.register_buffer("low", grid.low.to(device).view(shape))
         self.register_buffer("least", (torch.zeros(1) if least is None else least).to(device))
         scale = grid.scale.to(device).view(shape)
@@ -65,6 +68,7 @@ class LearnedWeight(nn.Module, abc.ABC):
         self.bias_ratio = None
         if layer.bias is not None:
             self.bias_ratio = nn.Parameter(layer.bias.detach() / self.bias_unit)
+        self.dense: Tensor | None
         self.low: Tensor
         self.least: Tensor
         self.scale_unit: Tensor
@@ -83,6 +87,11 @@ class LearnedWeight(nn.Module, abc.ABC):
     @abc.abstractmethod
     def codes(self) -> Tensor:
         """Return the weight in steps: codes once it is hard, between codes while it is soft."""
+
+    def on_grid(self, codes: Tensor) -> Tensor:
+        """Return codes cut off at the ends of the grid, those of pruned weights zero."""
+        codes = affine.clamp_codes(codes, self.low, self.levels)
+        return codes if self.dense is None else codes * self.dense
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for `x` with the learned weight."""
@@ -143,7 +152,7 @@ class SoftRounding(LearnedWeight):
     def codes(self) -> Tensor:
         """Return base + h(V), or base + [h(V) >= 1/2], inside the grid."""
         up = self.share() if self.soft else (self.position >= 0).to(self.base)
-        return affine.clamp_codes(self.base + up, self.low, self.levels)
+        return self.on_grid(self.base + up)
 
     def undecided(self, power: float) -> Tensor:
         """Return sum(1 - |2 h(V) - 1|^power), which is 0 once every weight is on a code."""
@@ -197,7 +206,7 @@ class FlexRounding(LearnedWeight):
         """Return the nearest codes of the divided weight."""
         growth = (self.factors + self.shared()) * self.reach
         divided = self.steps / growth.exp()
-        return affine.clamp_codes(_round_through(divided), self.low, self.levels)
+        return self.on_grid(_round_through(divided))
 
 
 def _inverse(share: Tensor) -> Tensor:

@@ -48,14 +48,14 @@ def tune(
         progress: called per iteration.
     """
     options = run.options
-    network = Network(run.graph, state, run.device, relative=True)
+    network = Network(run.graph, state, run.device, run.targets, relative=True)
     entry, exit = network.ends()
     names = tuple(n for n, layer in state.plan.layers.items() if layer.weight is not None)
     layers = UnitLayers.put(
         *(network, names, FlexRounding), method=options.weights, from_codes=True, relative=True
     )
     region = network.region(entry, exit)
-    target = stream.rows(network.float_region(entry, exit), stream.exact)
+    target = stream.rows(run.targets.region(entry, exit), stream.exact)
     train = TrainOptions.model_validate(
         {
             "rounding": "flex",

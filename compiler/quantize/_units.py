@@ -66,7 +66,7 @@ def merge_blocks(graph: Graph, plan: Plan, count: int, least: int) -> list[Block
         if full:
             groups.append([])
         groups[-1].append(block)
-    return [_join(group) for group in groups]
+    return [join_blocks(group) for group in groups]
 
 
 def _is_full(group: Sequence[Block], planned: set[str], count: int, least: int) -> bool:
@@ -74,7 +74,8 @@ def _is_full(group: Sequence[Block], planned: set[str], count: int, least: int) 
     return sum(map(bool, busy)) >= count and sum(map(len, busy)) >= least
 
 
-def _join(group: Sequence[Block]) -> Block:
+def join_blocks(group: Sequence[Block]) -> Block:
+    """Return neighboring blocks as one."""
     return Block(
         group[0].name if len(group) == 1 else f"{group[0].name}..{group[-1].name}",
         group[0].entry,

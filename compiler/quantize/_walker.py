@@ -24,6 +24,7 @@ from dfqc.compiler.quantize._learned import LearnedGrid
 from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.quantize._rounding import Layer
 from dfqc.compiler.quantize._stream import Stream
+from dfqc.compiler.quantize._targets import Targets
 from dfqc.compiler.quantize._train import UnitData
 from dfqc.compiler.quantize._units import Unit, UnitState, load_unit, save_unit
 from dfqc.compiler.regions import cut_region
@@ -49,6 +50,7 @@ class Network:
     graph: Graph
     state: QuantState  # what undecided parts begin with
     device: torch.device
+    targets: Targets
     relative: bool = False  # whether grids learn parts of their scale
     module: fx.GraphModule = field(init=False)
     grids: dict[str, LearnedGrid] = field(init=False)
@@ -76,7 +78,7 @@ class Network:
         self.module.requires_grad_(False)
 
     def float_region(self, entry: str, exit: str) -> fx.GraphModule:
-        """Return the float network between two nodes."""
+        """Return the float network between two nodes; what it is fitted to is in `targets`."""
         return cut_region(self.graph.module, entry, exit, self.shapes)
 
     def region(self, entry: str, exit: str) -> fx.GraphModule:
@@ -175,7 +177,7 @@ class Walker:
             for number, unit in enumerate(self.units):
                 if unit.block == place:
                     self._decide(unit, block, number)
-            exact = self.network.float_region(block.entry, block.exit)
+            exact = self.network.targets.region(block.entry, block.exit)
             quantized = self.network.region(block.entry, block.exit)
             for stream in (self.images, self.held_out):
                 stream.advance(exact, quantized)
@@ -252,11 +254,13 @@ class Walker:
 
     def _data(self, unit: Unit, block: Block, stream: Stream) -> UnitData:
         """Return the rows of a unit inside the block where `stream` stands."""
-        network = self.network
-        target = stream.rows(network.float_region(block.entry, unit.exit), stream.exact)
+        network, targets = self.network, self.network.targets
+        target = stream.rows(targets.picked(block.entry, unit.exit), stream.exact)
+        exact = stream.exact
+        if unit.entry != block.entry or unit.entry in targets.picks:
+            exact = stream.rows(targets.picked(block.entry, unit.entry), stream.exact)
         if unit.entry == block.entry:
-            return UnitData(stream.exact, stream.quantized, target)
-        exact = stream.rows(network.float_region(block.entry, unit.entry), stream.exact)
+            return UnitData(exact, stream.quantized, target)
         region = network.region(block.entry, unit.entry)
         return UnitData(exact, stream.rows(region, stream.quantized), target)
 

@@ -253,7 +253,7 @@ def round_weight(
     Tried are the nearest codes, the compensated ones, and those on refitted scales.
 
     Args:
-        rows: (channels, dim) float weights.
+        rows: (channels, dim) float weights; those that are exactly zero (pruned) stay zero.
         moments: of the input.
         grid: to round on.
         least: smallest scale per channel.
@@ -261,11 +261,12 @@ def round_weight(
     """
     grid = dataclasses.replace(grid, scale=grid.scale.to(rows), low=grid.low.to(rows))
     least = None if least is None else least.to(rows)
+    zero = rows == 0
     factor = factorize(moments.quantized, options.damping, options.order)
     target = rows
     if moments.cross is not None:
         target = shift_target(rows, factor, moments.cross, moments.quantized)
-    best, chosen = affine.round_to_grid(target, grid, 0).codes, grid
+    best, chosen = affine.round_to_grid(target, grid, 0).codes.masked_fill(zero, 0), grid
     error = output_errors(target, best, factor.hessian, grid)
 
     def keep_better(codes: Tensor, trial: WeightGrid) -> None:
@@ -276,11 +277,14 @@ def round_weight(
         chosen = dataclasses.replace(grid, scale=torch.where(better, trial.scale, chosen.scale))
         error = torch.where(better, found, error)
 
-    keep_better(round_factored(target, factor, grid, block=options.block_size), grid)
+    def compensated(trial: WeightGrid) -> Tensor:
+        return round_factored(target, factor, trial, block=options.block_size, zero=zero)
+
+    keep_better(compensated(grid), grid)
     for _ in range(options.refits):
         trial = refit_scales(target, best, factor.hessian, chosen, least)
         keep_better(best, trial)
-        keep_better(round_factored(target, factor, trial, block=options.block_size), trial)
+        keep_better(compensated(trial), trial)
     return best, chosen
 
 

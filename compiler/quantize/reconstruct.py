@@ -26,6 +26,7 @@ from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
+from dfqc.compiler.quantize._targets import Targets, make_targets
 from dfqc.compiler.quantize._train import TrainOptions
 from dfqc.compiler.quantize._units import UnitKind
 from dfqc.compiler.quantize._walker import CLOSED, NEAREST
@@ -155,7 +156,8 @@ def named(name: str) -> Callable[..., QuantState]:
             rng: its seed is that of every unit's own generator.
             device: where everything runs.
             progress: called per iteration.
-            supplies: held-out images, time, memory; finished units are kept as checkpoints.
+            supplies: held-out images, time, memory; finished units are kept as checkpoints. With
+                `unpruned`, what the original network computes is learned.
 
         Raises:
             UsageError: options that exclude each other.
@@ -191,12 +193,16 @@ def _reconstruct(
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
     learning, choosing = augmented(images, options.copies, rng), _even(judges[:2])
-    run = Run(graph, plan, options, learning, choosing, ready, rng.initial_seed(), device)
+    targets = make_targets(graph, supplies.unpruned, device)
+    run = Run(
+        *(graph, plan, options, learning, choosing, ready, rng.initial_seed(), device),
+        targets=targets,
+    )
     learned, notes = run.all_passes(progress, supplies, left)
     state = list(learned.values())[-1]
     info = {"quantizer": name, "start": options.start, **notes}
     if options.keep_best:
-        state, scores = _keep_best(graph, {**ready, **learned}, judges, device)
+        state, scores = _keep_best(graph, {**ready, **learned}, judges, targets, device)
         kept = min(scores, key=lambda name: scores[name])
         info |= {"kept": kept, "heldout_distance": scores}
         info["learned_biases"] = kept in learned and options.lr_bias > 0
@@ -286,6 +292,7 @@ def _keep_best(
     graph: Graph,
     states: Mapping[str, QuantState],
     judges: Sequence[Tensor],
+    targets: Targets,
     device: torch.device,
 ) -> tuple[QuantState, dict[str, float]]:
     """Return the state whose network is nearest to the float one on images not learned from.
@@ -297,7 +304,10 @@ def _keep_best(
     """
     scores = {}
     for name, state in states.items():
-        found = [bias.output_distance(graph, state, part, device=device) for part in judges]
+        found = [
+            bias.output_distance(graph, state, part, device=device, exact=targets.graph)
+            for part in judges
+        ]
         scores[name] = math.prod(max(one, _LEAST) ** (1 / len(found)) for one in found)
     best = min(scores, key=lambda name: scores[name])
     log.info("kept %s of %s", best, scores)

@@ -156,8 +156,10 @@ class _Rounder:
         self.kept = _kept_weights(origin)
         self.codes: dict[str, _Codes] = {}
         self.again: list[str] = []  # rounded anew after folding
+        self.zeros: dict[str, Tensor] = {}  # weights that are pruned one by one
         for layer in plan.layers.values():
             own = cast(Any, graph.module.get_submodule(layer.name))
+            self.zeros[layer.name] = own.weight.detach().cpu() == 0
             if layer.name in self.kept and self.kept[layer.name].shape != own.weight.shape:
                 raise UsageError(
                     f"udfc: {layer.name} has a weight of {tuple(own.weight.shape)}, the original "
@@ -173,7 +175,7 @@ class _Rounder:
         real = layer.weight.detach().cpu().double()
         rows = (kept.flatten(1)[:, 0] // real[0].numel()).long()
         folding = outputs.scale()[rows]
-        small = real.flatten()[kept]
+        small = real.flatten()[kept].masked_fill(self.zeros[path], 0)
         view = folding.view(-1, *[1] * (small.dim() - 1))
         grid = weight_grid((small * view).float(), planned.weight, self.options.weights)
         weight = self._round(small * view, grid)
@@ -206,6 +208,8 @@ class _Rounder:
     def _final(self, layer: LayerPlan, module: nn.Module) -> QTensor:
         """Return a layer's codes with the scale that they have after the last fix."""
         found = self.codes.get(layer.name)
+        exact = cast(Tensor, module.weight).detach()
+        exact = exact.masked_fill(self.zeros[layer.name], 0)
         if found is not None:
             rows = self.kept[layer.name].flatten(1)[:, 0]
             rows = (rows // found.outputs.layer.weight[0].numel()).long()
@@ -213,18 +217,15 @@ class _Rounder:
             ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
             scale = (found.weight.scale.double() * ratio).float()
             weight = dataclasses.replace(found.weight, scale=scale)
-            exact = cast(Tensor, module.weight).detach().double()
             error = (affine.dequantize_weight(weight, 0).double() - exact).abs().max()
             if error <= SAME * exact.abs().max():
                 return weight
         # A transposed convolution, one scale for all channels, or a batch norm that folds
         # elsewhere: nearest codes of the restored weight.
         self.again.append(layer.name)
-        grid = rtn.layer_grid(module, dataclasses.replace(layer, input=None), {},
-                              self.options.weights)  # fmt: skip
-        return affine.round_to_grid(
-            cast(Tensor, module.weight).detach(), grid, cast(Any, layer.weight).axis or 0
-        )
+        assert layer.weight is not None
+        grid = weight_grid(exact, layer.weight, self.options.weights)
+        return affine.round_to_grid(exact, grid, layer.weight.axis or 0)
 
     def _round(self, weight: Tensor, grid: WeightGrid) -> QTensor:
         real = weight.float()
