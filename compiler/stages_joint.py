@@ -23,6 +23,7 @@ log = logging.getLogger("dfqc.prune")
 
 _IMAGES = 32  # that fit the batch norms; on noise, strong pruning looks harmless
 _PACKED = 4
+_RESERVES = 4  # grids of activations, which need images, add nodes and constants to the file
 
 
 def choose_part(context: Context, original: Graph) -> tuple[float, dict[str, Any]]:
@@ -58,7 +59,7 @@ def choose_part(context: Context, original: Graph) -> tuple[float, dict[str, Any
         return plan_with(job, folded, dict.fromkeys(list_free(job, base), bits))
 
     def size(folded: Graph, plan: Plan) -> int:
-        return file_bytes(job, folded, facts, plan) + RESERVE * len(plan.quantizers)
+        return file_bytes(job, folded, facts, plan) + _RESERVES * RESERVE * len(plan.quantizers)
 
     points = joint.measure(
         *(original, _images(context), cut, plan_at, size),

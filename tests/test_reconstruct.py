@@ -73,6 +73,7 @@ def test_what_is_kept_is_the_best_per_unit_and_in_the_end(net):
         learned = set() if "skipped" in row["notes"] else {"steps", "learned"}
         assert set(row["errors"]) == {"nearest", "closed"} | learned
     scores = state.info["heldout_distance"]
+    assert set(scores) == {"nearest", "closed", "squant", "reconstructed", "tuned"}
     assert state.info["kept"] == min(scores, key=scores.get)
     assert distance(net, state) == pytest.approx(min(scores.values()), rel=1e-4)
 

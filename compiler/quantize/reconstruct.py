@@ -23,7 +23,7 @@ from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, Quant
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
 from dfqc.compiler.passes import bias
-from dfqc.compiler.quantize import gptq, rtn
+from dfqc.compiler.quantize import gptq, rtn, squant
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
 from dfqc.compiler.quantize._targets import Targets, make_targets
@@ -108,6 +108,7 @@ _JUDGING = 16.0  # ranges, bias corrections and comparisons, in passes of the ca
 _TRAINING = 4.5  # forward and backward pass with what learns around it, in forward passes
 _SHIFT = 0.125  # of each side, at most
 _JUDGE_SHARE, _JUDGES = 4, 64  # every fourth calibration image judges, or about so many
+_FLIPPED = "squant"  # stands for the network as a whole, and is no unit's
 _LEAST = 1e-12  # a divergence that is nothing
 
 
@@ -195,7 +196,9 @@ def _reconstruct(
     learning, choosing = augmented(images, options.copies, rng), _even(judges[:2])
     targets = make_targets(graph, supplies.unpruned, device)
     run = Run(
-        *(graph, plan, options, learning, choosing, ready, rng.initial_seed(), device),
+        *(graph, plan, options, learning, choosing),
+        {name: state for name, state in ready.items() if name != _FLIPPED},
+        *(rng.initial_seed(), device),
         targets=targets,
     )
     learned, notes = run.all_passes(progress, supplies, left)
@@ -270,8 +273,8 @@ def _ready(
     ranges = {name: getattr(options, name) for name in ("weights", "acts", "percentile")}
     ranges["batch_size"] = options.pass_size
     states = {}
-    for name, plugin in ((NEAREST, rtn), (CLOSED, gptq)):
-        if name == CLOSED and options.start != "closed":
+    for name, plugin in ((NEAREST, rtn), (CLOSED, gptq), (_FLIPPED, squant)):
+        if name != NEAREST and options.start != "closed":
             continue
         state = plugin.quantize(
             *(graph, calib, plan, plugin.Options.model_validate(ranges)),
