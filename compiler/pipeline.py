@@ -57,8 +57,8 @@ STAGES: tuple[Stage, ...] = (
         stages_prune.load_prune,
         stages_prune.verify_prune,
         options=depend.prune_options,
-        environment=depend.versions("torch"),
-        code=depend.modules("pruning", "stages_joint"),
+        environment=depend.prune_environment,
+        code=depend.prune_code,
         seeded=True,
     ),
     # Before any work: a rule that matches nothing and bits that the target cannot hold fail here.

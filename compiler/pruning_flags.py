@@ -66,7 +66,7 @@ def read_amount(value: Any) -> Any:
 
 def read_sparsity(value: Any) -> Any:
     """Undo what YAML makes of `2:4` without quotes: a number to the base of 60."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 59:
+    if isinstance(value, int) and not isinstance(value, bool) and value % 60 in (2, 4, 8, 16, 32):
         return f"{value // 60}:{value % 60}"
     return str(value) if isinstance(value, (int, float)) else value
 

@@ -42,6 +42,20 @@ def prune_options(job: Job) -> Mapping[str, Any]:
     return {**amounts, **how, **limit}
 
 
+def prune_environment(job: Job) -> Mapping[str, Any]:
+    """What computes; where a file is to be of a size, also what writes it."""
+    return allocation(job) if job.recipe.prune == "auto" else machine.versions("torch")
+
+
+def prune_code(job: Job) -> tuple[str, ...]:
+    """Code that decides and restores; for a size, also what makes images and writes files."""
+    ours: tuple[str, ...] = ("dfqc.compiler.pruning",)
+    if job.recipe.prune == "auto":
+        ours += (f"dfqc.backends.{job.recipe.target}", "dfqc.compiler.stages_joint")
+        ours += ("dfqc.calib.zeroq", "dfqc.calib.noise", "dfqc.compiler.batches")
+    return ours
+
+
 def refit_options(job: Job) -> Mapping[str, Any]:
     """Whether weights are fitted, and within which memory."""
     return {"memory": job.recipe.memory} if job.recipe.refits else {}

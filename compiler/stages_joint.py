@@ -95,6 +95,10 @@ def _images(context: Context) -> Tensor:
     if has_batch_norm(context.value("trace")):
         name, given = "zeroq", MATCHED
     else:
+        log.warning(
+            "prune: the model has no batch norm to make images for, so the part of the channels is "
+            "chosen on noise, on which strong pruning looks better than it is"
+        )
         name, given = "noise", {"kind": "pink"}
     options = plugin_options(plugins.load("synthesizer", name), name, "quick", given)
     return make_images(context, name, options, _IMAGES).images

@@ -154,7 +154,13 @@ def refit(context: Context) -> Refit:
     from dfqc.compiler.stages_calib import count_fitting
 
     recipe: Recipe = context.settings.recipe
-    if not recipe.refits or context.value("prune").graph is None:
+    if not recipe.refits:
+        return Refit()
+    if context.value("prune").graph is None:
+        log.log(
+            logging.WARNING if recipe.refit == "on" else logging.INFO,
+            "refit: no channel was removed, so nothing is fitted",
+        )
         return Refit()
     original, cut, device = context.value("equalize"), context.value("prune"), device_of(context)
     restored: Graph = cut.graph
@@ -173,7 +179,7 @@ def refit(context: Context) -> Refit:
         progress=context.progress(),
     )
     fitting = count_fitting(held_out, batch_norm=has_batch_norm(original))
-    judges = [own, held_out.images[:fitting]]
+    judges = [part for part in (own, held_out.images[:fitting]) if len(part)]
     scores: dict[str, float] = {}
     exact = on_device(context.value("trace"), device)  # the user's, also where that was equalized
     for name, graph in (("restored", restored), ("refit", fitted)):
@@ -238,9 +244,9 @@ def load_pruned(folder: Path) -> bytes | None:
 
 
 def _split(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images to fit on, and every fourth, to judge by; few serve for both."""
+    """Return images to fit on, and every fourth, to judge by; none of few."""
     if len(images) < _JUDGE_STEP:
-        return images, images
+        return images, images[:0]
     judged = [index % _JUDGE_STEP == _JUDGE_STEP - 1 for index in range(len(images))]
     return images[[not one for one in judged]], images[judged]
 

@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 import models
 from dfqc.compiler.channels import find_groups, remove
 from dfqc.compiler.graph import count_params
+from dfqc.compiler.passes import _least_squares
 from dfqc.compiler.passes._least_squares import refit
 from dfqc.compiler.passes.restore import Options, restore
 
@@ -105,3 +107,19 @@ def test_masked_weights_stay_zero_in_every_layer():
         assert (fitted.module.get_submodule(path).weight[~mask] == 0).all()
     fresh = models.images(32, seed=5)
     assert distance(fitted, graph, fresh) < 0.8 * distance(pruned, graph, fresh)
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1e-1])
+def test_wide_rows_are_solved_by_iterations_to_the_same(ridge, monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 48, generator=rng, dtype=torch.float64)
+    rows *= torch.logspace(-1.5, 1.5, 48, dtype=torch.float64)
+    inner = (rows.T @ rows / 400).unsqueeze(0)
+    missing = torch.randn(1, 9, 48, generator=rng, dtype=torch.float64)
+    mask = torch.rand(1, 9, 48, generator=rng) < 0.5
+    mask[0, 3] = False  # a row that must stay zero
+    direct = _least_squares._solve(inner, missing, ridge, mask)
+    monkeypatch.setattr(_least_squares, "_DIRECT", 0)
+    found = _least_squares._solve(inner, missing, ridge, mask)
+    assert (found[~mask] == 0).all()
+    torch.testing.assert_close(found, direct, rtol=1e-4, atol=1e-6)

@@ -19,6 +19,8 @@ from dfqc.compiler.passes._layers import bias_or_zero
 from dfqc.compiler.passes._outputs import find_outputs
 from dfqc.compiler.quantize._hessian import count_patches, gather_patches, group_shape, pick_patches
 
+_DIRECT = 512  # inputs of a row; wider ones are solved by iterations
+_TOLERANCE, _STEPS = 1e-7, 300
 _ROWS_AT_ONCE = 1 << 27  # bytes of the systems that are solved at a time, one per masked row
 
 
@@ -203,15 +205,45 @@ def _solve(inner: Tensor, missing: Tensor, ridge: float, mask: Tensor | None) ->
         solved: Tensor = torch.linalg.solve(damped, missing.mT).mT
         return solved
     changes = torch.zeros_like(missing)
+    free = mask.to(inner.dtype)
+    if inner.shape[-1] > _DIRECT:
+        for group in range(len(inner)):
+            changes[group] = _descend(damped[group], missing[group], free[group])
+        return changes
     step = max(1, _ROWS_AT_ONCE // (8 * inner.shape[-1] ** 2))
     for group in range(len(inner)):
         for first in range(0, missing.shape[1], step):
             part = slice(first, first + step)
-            free = mask[group, part].to(inner.dtype)
+            open_ = free[group, part]
             # A weight that must stay zero gets an equation of its own: change = 0.
-            systems = damped[group] * free[:, :, None] * free[:, None] + torch.diag_embed(1 - free)
-            changes[group, part] = torch.linalg.solve(systems, missing[group, part] * free)
+            systems = damped[group] * open_[:, :, None] * open_[:, None]
+            systems += torch.diag_embed(1 - open_)
+            changes[group, part] = torch.linalg.solve(systems, missing[group, part] * open_)
     return changes
+
+
+def _descend(matrix: Tensor, missing: Tensor, free: Tensor) -> Tensor:
+    """Return rows x with (matrix x) = missing where `free`, 0 elsewhere: conjugate gradients.
+
+    All rows at once: with a factorization per row, the masks of a wide layer take hours.
+    """
+    scale = matrix.diagonal().rsqrt()  # preconditioned by the diagonal
+    scaled = matrix * scale[:, None] * scale
+    wanted = missing * free * scale
+    found = torch.zeros_like(wanted)
+    rest, way = wanted.clone(), wanted.clone()
+    energy = rest.square().sum(1, keepdim=True)
+    enough = _TOLERANCE**2 * energy
+    for _ in range(_STEPS):
+        if bool((energy <= enough).all()):
+            break
+        bent = (way @ scaled) * free
+        length = energy / (way * bent).sum(1, keepdim=True).clamp_min(1e-300)
+        found += length * way
+        rest -= length * bent
+        before, energy = energy, rest.square().sum(1, keepdim=True)
+        way = rest + energy / before.clamp_min(1e-300) * way
+    return found * scale
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

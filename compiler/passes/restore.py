@@ -123,8 +123,13 @@ class Restorer:
             elif any(group.name in self.keep for group, _ in self.uses[path]):
                 self.skipped.append(path)
         if self.skipped:
-            log.warning("restore: %d layers are left as they were: %s",
-                        len(self.skipped), self.skipped)  # fmt: skip
+            names = list(dict.fromkeys(self.skipped))
+            log.warning(
+                "restore: %d layers do not make up for the channels that they no longer read, "
+                "because what lies between is not understood: %s",
+                len(names),
+                names,
+            )
         return self.work
 
     def _change(self, path: str, layer: nn.Conv2d | nn.Linear) -> None:
@@ -170,6 +175,8 @@ class Restorer:
         whole = len(keep) == group.size
         fits = not whole or self.compensate == "users"
         moments = self.patch_moments(layer, group, use, keep) if fits else None
+        if moments is None and not whole and self.options.method != "none":
+            self.skipped.append(use.layer)
         new = torch.zeros_like(block)
         new[:, keep] = self._restored(block, group, keep, moments)
         if self.compensate == "scales" and len(group.producers) == 1:

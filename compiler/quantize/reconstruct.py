@@ -2,8 +2,9 @@
 
 In: a folded graph, calibration images and a plan. Out: a `QuantState`. `adaround`, `brecq`,
 `qdrop` and `genie-m` are settings of this loop; its own settings start from the closed form and
-need a fraction of their iterations. Per unit, rounding to nearest, the closed form and the learned
-one are compared on held-out images and the best of them is kept, and so at the end for the network.
+need a fraction of their iterations. Per unit, what is ready (the closed form; without one, rounding
+to nearest) and what was learned are compared and the best is kept; so at the end for the network,
+where rounding to nearest and SQuant stand beside them.
 """
 
 from __future__ import annotations
@@ -104,17 +105,21 @@ PRESETS: dict[str, dict[str, object]] = {
     "standard": {"iterations": 1000, "tune_iterations": 300},
     "max": {"iterations": 20_000},
 }
-_JUDGING = 16.0  # ranges, bias corrections and comparisons, in passes of the calibration set
+# Ranges, bias corrections and comparisons, in passes of the calibration set.
+_JUDGING = 20.0
+_ADVANCING = 3.0  # of a copy through both networks, and its targets
 _TRAINING = 4.5  # forward and backward pass with what learns around it, in forward passes
 _SHIFT = 0.125  # of each side, at most
 _JUDGE_SHARE, _JUDGES = 4, 64  # every fourth calibration image judges, or about so many
 _FLIPPED = "squant"  # stands for the network as a whole, and is no unit's
+_FEW = 8  # images that do not speak for their kind
 _LEAST = 1e-12  # a divergence that is nothing
 
 
 def count_passes(options: Options, samples: int) -> float:
     """Return the images that go through the network: every unit sees its part of them."""
     ready = gptq.count_passes(gptq.Options.model_validate({}), samples) + _JUDGING * samples
+    ready += _ADVANCING * (options.copies - 1) * samples
     iterations = sum(one.train.iterations for one in plan_passes(options)) + options.tune_iterations
     return ready + _TRAINING * iterations * min(options.batch_size, samples)
 
@@ -130,7 +135,8 @@ def count_bytes(options: Options, graph: Graph, samples: int) -> int:
         2 * math.prod(shapes[block.entry]) + math.prod(shapes[block.exit])
         for block in blocks(graph)
     ]
-    return max(closed, min(cache_bytes(None), width * samples * max(values, default=0)))
+    most = max(values, default=0)
+    return max(closed, min(cache_bytes(None), width * options.copies * samples * most))
 
 
 def named(name: str) -> Callable[..., QuantState]:
@@ -190,7 +196,7 @@ def _reconstruct(
     held_out = supplies.held_out
     count = 0 if held_out is None else supplies.fitting or len(held_out)
     parts = () if held_out is None else (held_out[:count], held_out[count:])
-    judges = [own, *(part for part in parts if len(part))]
+    judges = [part for part in (own, *parts) if len(part)] or [images]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
     learning, choosing = augmented(images, options.copies, rng), _even(judges[:2])
@@ -204,6 +210,7 @@ def _reconstruct(
     learned, notes = run.all_passes(progress, supplies, left)
     state = list(learned.values())[-1]
     info = {"quantizer": name, "start": options.start, **notes}
+    info["learned_biases"] = options.lr_bias > 0
     if options.keep_best:
         state, scores = _keep_best(graph, {**ready, **learned}, judges, targets, device)
         kept = min(scores, key=lambda name: scores[name])
@@ -223,9 +230,9 @@ def _check(options: Options) -> None:
 
 
 def _split(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images to learn from, and every fourth, or some 64, to judge by."""
-    if len(images) < 2:
-        return images, images
+    """Return images to learn from, and every fourth, or some 64, to judge by; none of few."""
+    if len(images) < _JUDGE_SHARE:
+        return images, images[:0]
     step = max(_JUDGE_SHARE, len(images) // _JUDGES)
     judged = torch.arange(len(images)) % step == step - 1
     judged[-1] = True
@@ -233,7 +240,11 @@ def _split(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _even(parts: Sequence[Tensor]) -> Tensor:
-    """Return as many images of each part: of two kinds, none outvotes the other."""
+    """Return as many images of each part: of two kinds, none outvotes the other.
+
+    A part that is too small to speak for its kind is left out.
+    """
+    parts = [part for part in parts if len(part) >= _FEW] or parts
     count = min(map(len, parts))
     return torch.cat([part[:count] for part in parts])
 
@@ -299,6 +310,9 @@ def _keep_best(
     device: torch.device,
 ) -> tuple[QuantState, dict[str, float]]:
     """Return the state whose network is nearest to the float one on images not learned from.
+
+    The states that need no training have seen the first kind: their ranges and statistics are
+    those of all calibration images.
 
     Three kinds of them: of the calibration set, made to fit the batch norms in another way, and
     noise. Each misleads somewhere: what was learned is best on its own kind, and on MobileNetV1
