@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
     from dfqc.compiler.contracts import Runner
     from dfqc.compiler.verify_package import Golden
 
+log = logging.getLogger("dfqc.bench")
+
 PARITY, METRICS, LATENCY = "parity.json", "metrics.json", "latency.json"
 _GOLDEN_IMAGES = 16
 _LAYER_IMAGES = 32
+_BLOCK = 16  # channels that vector kernels work on together
+_NO_GAIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,15 @@ def bench(context: Context) -> dict[str, Any]:
     }
     if "pruned" in samples:
         result["pruned_speedup"] = speedup(samples["float"], samples["pruned"])
+        gain = result["pruned_speedup"]["best"]
+        if gain < _NO_GAIN and recipe.channel_multiple < _BLOCK:
+            log.warning(
+                "pruning makes the float model %.2f times as fast here: kernels work in blocks of "
+                "channels, and what is left of one costs as much as a whole; try "
+                "--channel-multiple %d",
+                gain,
+                _BLOCK,
+            )
     return result | {"speedup": speedup(samples["float"], samples["engine"])}
 
 

@@ -301,3 +301,12 @@ def test_a_limit_that_bits_alone_cannot_keep_takes_channels_too(shared, capsys):
     assert (shared.root / "both" / "model.onnx").stat().st_size <= limit
     assert manifest["pruning"]["params_after"] < manifest["pruning"]["params_before"]
     assert "Pareto front" in (shared.root / "both" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("gain", "warned"), [(1.0, True), (1.5, False)])
+def test_pruning_that_saves_no_time_is_said(shared, capsys, monkeypatch, caplog, gain, warned):
+    ratio = {"median": gain, "best": gain}
+    monkeypatch.setattr("dfqc.compiler.bench.speedup", lambda reference, samples: ratio)
+    given = ("--prune", "0.6", "--quantizer", "rtn", "--seed", int(10 * gain))  # nothing stored
+    build(capsys, shared, *given, output=f"gain{gain}")
+    assert ("try --channel-multiple 16" in caplog.text) == warned
