@@ -64,7 +64,7 @@ class Options(TrainOptions):
         100, ge=0, description="steps and biases of the whole network, after all units"
     )
     tune_rate: float = Field(1e-3, ge=0)
-    tune_rounding: float = Field(2e-3, ge=0, description="rate of the codes in it; 0 keeps them")
+    tune_rounding: float = Field(0.0, ge=0, description="rate of the codes in it; 0 keeps them")
     tune_temperature: float = Field(2.0, gt=0)
     weighting: Literal["none", "fisher"] = Field("none", description="of the error (BRECQ)")
     output_weight: float = Field(0.0, ge=0, description="weight of the output's KL (PD-Quant)")
