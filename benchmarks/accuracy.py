@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _nets import Net, list_nets
-from _tables import write_results
+from _tables import Columns, render_table, table_line, write_results
 
 BITS = ("w8a8", "w4a8", "w4a4")
 SOURCES = ("zeroq", "noise", "real")
@@ -67,7 +67,7 @@ def main() -> int:
             for source in options.sources:
                 for bits in options.bits:
                     rows.append(measure(net, bits, source, options, Path(scratch)))
-                    print(line(rows[-1]), flush=True)
+                    print(table_line(COLUMNS, rows[-1]), flush=True)
     table = render(rows, " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]))
     write_results(rows, table, options.output)
     return 0
@@ -120,7 +120,7 @@ def measure(
     }
 
 
-COLUMNS = (
+COLUMNS: Columns = (
     ("net", lambda r: r["net"]),
     ("bits", lambda r: r["bits"]),
     ("calibration", lambda r: r["calibration"]),
@@ -140,24 +140,11 @@ COLUMNS = (
 )
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return one row of the table."""
-    return "| " + " | ".join(show(row) for _, show in COLUMNS) + " |"
-
-
 def render(rows: list[dict[str, Any]], command: str) -> str:
     """Return the Markdown table with its command, and the seconds per stage of cold rows."""
     env = rows[0]["environment"]
-    head = [
-        f"Command: `{command}`",
-        "",
-        f"Environment: `{json.dumps(env, sort_keys=True)}`",
-        "",
-        LEGEND,
-        "",
-        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
+    legend = f"Environment: `{json.dumps(env, sort_keys=True)}`\n\n{LEGEND}"
+    table = render_table(COLUMNS, rows, command, legend)
     stage_head = [
         "",
         "Seconds / peak resident MB per stage (blank: from the cache)",
@@ -171,7 +158,7 @@ def render(rows: list[dict[str, Any]], command: str) -> str:
         + " |"
         for r in rows
     ]
-    return "\n".join([*head, *map(line, rows), *stage_head, *stages]) + "\n"
+    return table + "\n".join([*stage_head, *stages]) + "\n"
 
 
 def _time(row: dict[str, Any], stage: str) -> str:

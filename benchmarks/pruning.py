@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from _nets import list_nets
 from _pruned import BUDGETS, Case, Cut, choose_channels, kept_rows, open_case, sizes, time_engines
-from _tables import save_results, write_results
+from _tables import Columns, render_table, save_results, table_line, write_results
 from torch import Tensor
 
 from dfqc.compiler import plugins
@@ -92,7 +92,7 @@ def main() -> int:
         exact = case.top1(case.folded)
         for row in measure(case, options):
             rows.append({"net": net.name, "float": exact, "made": case.made, **row})
-            print(line(rows[-1]), flush=True)
+            print(table_line(COLUMNS, rows[-1]), flush=True)
             save_results(rows, render(rows, command, options), options.output)
         del case
         gc.collect()
@@ -223,7 +223,7 @@ def _fit_name(images: Tensor, source: str) -> str:
     return f"least squares, {len(images)} {source}"
 
 
-COLUMNS = (
+COLUMNS: Columns = (
     ("net", lambda r: r["net"]),
     ("pruning", lambda r: r["pruning"]),
     ("ratio", lambda r: f"{100 * r['ratio']:.0f} %"),
@@ -245,11 +245,6 @@ def _speed(row: dict[str, Any], factor: float) -> str:
     return f"{factor * row['speedup']:.2f} ({factor * row['speedup_best']:.2f})"
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return one row of the table."""
-    return "| " + " | ".join(show(row) for _, show in COLUMNS) + " |"
-
-
 def render(rows: list[dict[str, Any]], command: str, options: argparse.Namespace) -> str:
     """Return the Markdown table with its command."""
     made = {f"{r['net']}: {r['made']:.0f} s" for r in rows if r["made"]}
@@ -259,15 +254,7 @@ def render(rows: list[dict[str, Any]], command: str, options: argparse.Namespace
         f"Float top-1: {'; '.join(sorted(floats))}. "
         f"Synthetic images made in: {'; '.join(sorted(made)) or 'none made'}."
     )
-    head = [
-        f"Command: `{command}`",
-        "",
-        f"{LEGEND} {setting}",
-        "",
-        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
-    return "\n".join([*head, *map(line, rows)]) + "\n"
+    return render_table(COLUMNS, rows, command, f"{LEGEND} {setting}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from _nets import Net, list_nets
-from _tables import write_results
+from _tables import Columns, render_table, table_line, write_results
 from torch import Tensor
 
 from dfqc.compiler import machine, plugins
@@ -95,7 +95,7 @@ def main() -> int:
             case = open_case(net, source, options)
             for row in measure(case, source, options):
                 rows.append(row)
-                print(line(row), flush=True)
+                print(table_line(COLUMNS, row), flush=True)
             del case
             gc.collect()
             command = " ".join(["python", "benchmarks/reconstruction.py", *sys.argv[1:]])
@@ -199,7 +199,7 @@ def _in_sample(case: Case, source: str) -> bool:
     return source == "real" and case.net.in_sample
 
 
-COLUMNS = (
+COLUMNS: Columns = (
     ("net", lambda r: r["net"]),
     ("calibration", lambda r: f"{r['calibration_images']} {r['calibration']}"),
     ("bits", lambda r: r["bits"]),
@@ -216,26 +216,14 @@ COLUMNS = (
 )
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return one row of the table."""
-    return "| " + " | ".join(show(row) for _, show in COLUMNS) + " |"
-
-
 def render(rows: list[dict[str, Any]], command: str) -> str:
     """Return the Markdown table with its command."""
     made = {
         f"{r['net']}: {r['calibration_images']} {r['calibration']} {r['synthesis_seconds']:.0f} s"
         for r in rows
     }
-    head = [
-        f"Command: `{command}`",
-        "",
-        f"{LEGEND} Threads: {rows[0]['threads']}. Images made in: {'; '.join(sorted(made))}.",
-        "",
-        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
-    return "\n".join([*head, *map(line, rows)]) + "\n"
+    legend = f"{LEGEND} Threads: {rows[0]['threads']}. Images made in: {'; '.join(sorted(made))}."
+    return render_table(COLUMNS, rows, command, legend)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import _judge
 from _nets import Net, judge_of, list_nets, zoo_of
-from _tables import write_results
+from _tables import Columns, render_table, table_line, write_results
 
 NETS = (
     *("resnet20_cifar10", "resnet56_cifar10"),
@@ -58,7 +58,7 @@ def main() -> int:
             for method in options.methods:
                 for seed in range(options.seeds):
                     rows.append(measure(net, method, seed, options, Path(scratch)))
-                    print(line(rows[-1]), flush=True)
+                    print(table_line(COLUMNS, rows[-1]), flush=True)
     table = render(rows, " ".join(["python", "benchmarks/synthesis.py", *sys.argv[1:]]))
     write_results(rows, table, options.output)
     return 0
@@ -118,7 +118,7 @@ def write_member(net: Net, scratch: Path) -> Path:
     return path
 
 
-COLUMNS = (
+COLUMNS: Columns = (
     ("net", lambda r: r["net"]),
     ("method", lambda r: r["method"]),
     ("seed", lambda r: str(r["seed"])),
@@ -156,18 +156,10 @@ def summarize(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return one row of the table."""
-    return "| " + " | ".join(cell(row) for _, cell in COLUMNS) + " |"
-
-
 def render(rows: list[dict[str, Any]], command: str) -> str:
     """Return the Markdown table with its command."""
-    head = [f"Command: `{command}`", "", LEGEND, ""]
-    names = "| " + " | ".join(name for name, _ in COLUMNS) + " |"
-    rule = "|" + " --- |" * len(COLUMNS)
     means = ["", "Mean and standard deviation over seeds", "", *summarize(rows)]
-    return "\n".join([*head, names, rule, *map(line, rows), *means]) + "\n"
+    return render_table(COLUMNS, rows, command, LEGEND) + "\n".join(means) + "\n"
 
 
 if __name__ == "__main__":

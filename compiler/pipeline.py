@@ -126,7 +126,7 @@ STAGES: tuple[Stage, ...] = (
         stages_prune.load_refit,
         options=depend.refit_options,
         environment=depend.compute,
-        code=depend.modules("pruning", "passes._least_squares", "quantize.reconstruct"),
+        code=depend.modules("pruning", "passes._least_squares", "judging"),
         seeded=True,
     ),
     # All but synthesis works on the folded graph: it is what the engine runs. Folding takes

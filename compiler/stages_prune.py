@@ -44,8 +44,6 @@ _LEAST_IMAGES = 32
 # ResNet-20 (float 92.1, restored 84.3) is at 85.6 from the images alone, at 88.5 with copies that
 # are mirrored and shifted and a ridge of 0.1 for 0.01; a ResNet-56 (restored 90.8) is at 91.9.
 _COPIES, _RIDGE = 4, 0.1
-_JUDGE_STEP = 4  # every fourth calibration image judges and is not fitted to
-_LEAST = 1e-12  # a divergence that is nothing
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,9 @@ def refit(context: Context) -> Refit:
     import torch
 
     from dfqc.compiler.graph import has_batch_norm, on_device
+    from dfqc.compiler.judging import augmented, mean_divergence, split_judges
     from dfqc.compiler.passes import _least_squares
     from dfqc.compiler.passes.bias import divergence
-    from dfqc.compiler.quantize.reconstruct import augmented
     from dfqc.compiler.stages_calib import count_fitting
 
     recipe: Recipe = context.settings.recipe
@@ -165,7 +163,7 @@ def refit(context: Context) -> Refit:
     original, cut, device = context.value("equalize"), context.value("prune"), device_of(context)
     restored: Graph = cut.graph
     calib, held_out = context.value("synthesize").images, context.value("holdout")
-    learning, own = _split(calib)
+    learning, own = split_judges(calib)
     rng = torch.Generator().manual_seed(context.seed())
     learning = augmented(learning, _COPIES, rng)[: _count_images(recipe, original)]
     fitted = _least_squares.refit(
@@ -184,8 +182,9 @@ def refit(context: Context) -> Refit:
     exact = on_device(context.value("trace"), device)  # the user's, also where that was equalized
     for name, graph in (("restored", restored), ("refit", fitted)):
         here = on_device(graph, device)
-        found = [divergence(exact, here, part, device=device) for part in judges]
-        scores[name] = math.prod(max(one, _LEAST) ** (1 / len(found)) for one in found)
+        scores[name] = mean_divergence(
+            divergence(exact, here, part, device=device) for part in judges
+        )
     kept = min(scores, key=lambda name: scores[name])
     log.info("refit: kept %s of %s", kept, scores)
     about = {"kept": kept, "scores": scores, "images": len(learning)}
@@ -241,14 +240,6 @@ def load_pruned(folder: Path) -> bytes | None:
     """Read it."""
     path = folder / FLOAT_MODEL
     return path.read_bytes() if path.is_file() else None
-
-
-def _split(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images to fit on, and every fourth, to judge by; none of few."""
-    if len(images) < _JUDGE_STEP:
-        return images, images[:0]
-    judged = [index % _JUDGE_STEP == _JUDGE_STEP - 1 for index in range(len(images))]
-    return images[[not one for one in judged]], images[judged]
 
 
 def _count_images(recipe: Recipe, graph: Graph) -> int:

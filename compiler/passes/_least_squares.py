@@ -156,11 +156,13 @@ class _Stats:
     """Central second moments of a layer's patches and outputs, per group, float64."""
 
     def __init__(self, groups: int, dim: int, channels: int, device: torch.device) -> None:
-        kind = {"dtype": torch.float64, "device": device}
-        self.inner = torch.zeros(groups, dim, dim, **kind)  # type: ignore[call-overload]
-        self.cross = torch.zeros(groups, channels // groups, dim, **kind)  # type: ignore[call-overload]
-        self.mean_in = torch.zeros(groups, dim, **kind)  # type: ignore[call-overload]
-        self.mean_out = torch.zeros(channels, **kind)  # type: ignore[call-overload]
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.inner = zeros(groups, dim, dim)
+        self.cross = zeros(groups, channels // groups, dim)
+        self.mean_in = zeros(groups, dim)
+        self.mean_out = zeros(channels)
 
 
 def _gather(

@@ -23,6 +23,7 @@ from torch import Tensor
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
+from dfqc.compiler.judging import augmented, mean_divergence, split_judges
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn, squant
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
@@ -109,11 +110,8 @@ PRESETS: dict[str, dict[str, object]] = {
 _JUDGING = 20.0
 _ADVANCING = 3.0  # of a copy through both networks, and its targets
 _TRAINING = 4.5  # forward and backward pass with what learns around it, in forward passes
-_SHIFT = 0.125  # of each side, at most
-_JUDGE_SHARE, _JUDGES = 4, 64  # every fourth calibration image judges, or about so many
 _FLIPPED = "squant"  # stands for the network as a whole, and is no unit's
 _FEW = 8  # images that do not speak for their kind
-_LEAST = 1e-12  # a divergence that is nothing
 
 
 def count_passes(options: Options, samples: int) -> float:
@@ -192,7 +190,7 @@ def _reconstruct(
     _check(options)
     start = time.monotonic()
     graph = on_device(graph, device)
-    images, own = _split(calib.images)  # what judges is not fitted to
+    images, own = split_judges(calib.images)  # what judges is not fitted to
     held_out = supplies.held_out
     count = 0 if held_out is None else supplies.fitting or len(held_out)
     parts = () if held_out is None else (held_out[:count], held_out[count:])
@@ -229,16 +227,6 @@ def _check(options: Options) -> None:
         raise UsageError("merge: takes blocks together, got unit=layer; use unit=block")
 
 
-def _split(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images to learn from, and every fourth, or some 64, to judge by; none of few."""
-    if len(images) < _JUDGE_SHARE:
-        return images, images[:0]
-    step = max(_JUDGE_SHARE, len(images) // _JUDGES)
-    judged = torch.arange(len(images)) % step == step - 1
-    judged[-1] = True
-    return images[~judged], images[judged]
-
-
 def _even(parts: Sequence[Tensor]) -> Tensor:
     """Return as many images of each part: of two kinds, none outvotes the other.
 
@@ -247,27 +235,6 @@ def _even(parts: Sequence[Tensor]) -> Tensor:
     parts = [part for part in parts if len(part) >= _FEW] or parts
     count = min(map(len, parts))
     return torch.cat([part[:count] for part in parts])
-
-
-def augmented(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
-    """Return the images and, behind them, `copies` - 1 others of each, mirrored and shifted.
-
-    What is learned is what the float network answers, to any image: each is its own label.
-    """
-    host = torch.Generator().manual_seed(rng.initial_seed())
-    made = [images]
-    for _ in range(copies - 1):
-        copy = images.clone()
-        mirrored = torch.rand(len(copy), generator=host) < 0.5
-        copy[mirrored] = copy[mirrored].flip(3)
-        for index in range(len(copy)):
-            down, right = (
-                int(torch.randint(-limit, limit + 1, (), generator=host))
-                for limit in (round(_SHIFT * side) for side in copy.shape[2:])
-            )
-            copy[index] = copy[index].roll((down, right), (1, 2))
-        made.append(copy)
-    return torch.cat(made)
 
 
 def _ready(
@@ -321,11 +288,10 @@ def _keep_best(
     """
     scores = {}
     for name, state in states.items():
-        found = [
+        scores[name] = mean_divergence(
             bias.output_distance(graph, state, part, device=device, exact=targets.graph)
             for part in judges
-        ]
-        scores[name] = math.prod(max(one, _LEAST) ** (1 / len(found)) for one in found)
+        )
     best = min(scores, key=lambda name: scores[name])
     log.info("kept %s of %s", best, scores)
     return states[best], scores
