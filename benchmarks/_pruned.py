@@ -23,9 +23,7 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, count_macs, count_params
 from dfqc.compiler.job import make_job
 from dfqc.compiler.passes import prune
-from dfqc.compiler.passes.curve import error_curves
 from dfqc.compiler.passes.fold import fold
-from dfqc.compiler.passes.restore import Options as RestoreOptions
 from dfqc.compiler.pipeline import make_driver, open_store
 from dfqc.compiler.recipe import make_recipe
 
@@ -113,10 +111,7 @@ def choose_channels(case: Case, ratio: float, budgets: list[str], multiple: int)
     found = {"uniform l2": Cut(uniform.keep, time.process_time() - start)}
     if not budgets:
         return found
-    start = time.process_time()
     groups = [g for g in find_groups(graph) if g.prunable and not g.residual]
-    curves = error_curves(graph, groups, RestoreOptions())
-    traced = time.process_time() - start
     params, macs = sizes(case, remove(graph, uniform.keep))
     gone = sum(g.size - len(uniform.keep.get(g.name, range(g.size))) for g in groups)
     parts = {"channels": gone / sum(g.size for g in groups), "params": params, "macs": macs}
@@ -124,13 +119,13 @@ def choose_channels(case: Case, ratio: float, budgets: list[str], multiple: int)
     wanted += [("macs", multiple)] if "macs" in budgets and multiple > 1 else []
     for budget, step in wanted:
         start = time.process_time()
-        given: dict[str, Any] = {budget: parts[budget], "criterion": "restored", "multiple": step}
+        given: dict[str, Any] = {budget: parts[budget], "criterion": "moments", "multiple": step}
         try:
-            decision = prune.choose(graph, prune.Options(**given), curves)
+            decision = prune.choose(graph, prune.Options(**given))
         except UsageError as error:
             print(f"{case.net.name}: no {budget} in multiples of {step}: {error}", file=sys.stderr)
             continue
-        seconds = traced + time.process_time() - start
+        seconds = time.process_time() - start
         name = f"allocated {budget}" + (f", multiples of {step}" if step > 1 else "")
         found[name] = Cut(decision.keep, seconds)
     return found

@@ -53,7 +53,7 @@ FLAGS = (
     Flag("params", float, "keep this part of the parameters, shared by error", "PART", _PRUNE),
     Flag("macs", float, "keep this part of the multiply-adds, shared by error", "PART", _PRUNE),
     Flag("prune_layer", list[str], "part of some layers (repeatable)", "GLOB=PART", _PRUNE),
-    Flag("prune_criterion", str, "auto, l1, l2, bn, output, restored", "NAME", _PRUNE),
+    Flag("prune_criterion", str, "auto, l1, l2, bn, output, restored, moments", "NAME", _PRUNE),
     Flag("prune_residual", bool, "prune channels of residual sums too", panel=_PRUNE),
     Flag("channel_multiple", int, "pruned layers keep a multiple of it", "N", _PRUNE),
     Flag("restore", str, "patches, moments, weights, lbyl, merging, none", "NAME", _PRUNE),

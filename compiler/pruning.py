@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dfqc.compiler.graph import Graph
+    from dfqc.compiler.passes.prune import Curve
 
 
-def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the channels that stay, and what is said of the choice."""
+def choose_channels(
+    recipe: Recipe, graph: Graph, curves: Mapping[str, Curve] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the channels that stay, and what is said of the choice.
+
+    `curves` (`prune.rank`) spare the ranking where several parts are tried on one graph.
+    """
     from dfqc.compiler.channels import find_groups
     from dfqc.compiler.passes import prune as pruning
 
     assert recipe.prune != "auto"  # the part is chosen before
     part = recipe.prune
     by_error = recipe.prune_by == "error" or recipe.params or recipe.macs
-    criterion = recipe.prune_criterion
-    if criterion == "auto":
-        criterion = "restored" if by_error else "l2"
+    criterion = _criterion(recipe, by_error=bool(by_error))
     options = pruning.Options(
         ratio=None if by_error else part,
         channels=part if recipe.prune_by == "error" else None,
@@ -35,7 +39,7 @@ def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], di
         multiple=recipe.channel_multiple,
         residual=recipe.prune_residual,
     )
-    decision = pruning.choose(graph, options)
+    decision = pruning.choose(graph, options, curves)
     groups = {group.name: group for group in find_groups(graph)}
     if not decision.keep:
         widest = max(groups[name].size for name in decision.ratios)
@@ -63,6 +67,24 @@ def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], di
         "groups": rows,
         "left": left,
     }
+
+
+def rank_once(recipe: Recipe, graph: Graph) -> dict[str, Curve]:
+    """Return the order of all channels that may go to a budget, for several parts of them."""
+    from dfqc.compiler.channels import find_groups
+    from dfqc.compiler.passes import prune as pruning
+
+    groups = [g for g in find_groups(graph) if g.prunable]
+    groups = [g for g in groups if recipe.prune_residual or not g.residual]
+    options = pruning.Options(criterion=_criterion(recipe, by_error=True))
+    return pruning.rank(graph, groups, options)
+
+
+def _criterion(recipe: Recipe, *, by_error: bool) -> Any:
+    """Return what `auto` stands for: the restored error knows what a channel costs elsewhere."""
+    if recipe.prune_criterion != "auto":
+        return recipe.prune_criterion
+    return "moments" if by_error else "l2"
 
 
 def make_sparse(recipe: Recipe, graph: Graph) -> tuple[Graph, Mapping[str, Tensor], dict[str, Any]]:

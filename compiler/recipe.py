@@ -92,7 +92,7 @@ class Recipe(BaseModel):
     params: float | None = Field(None, gt=0, le=1)
     macs: float | None = Field(None, gt=0, le=1)
     prune_layer: Rules = ()
-    prune_criterion: Literal["auto", "l1", "l2", "bn", "output", "restored"] = "auto"
+    prune_criterion: Literal["auto", "l1", "l2", "bn", "output", "restored", "moments"] = "auto"
     prune_residual: bool = False
     channel_multiple: int = Field(1, ge=1)
     restore: Literal["patches", "moments", "weights", "lbyl", "merging", "none"] = "patches"

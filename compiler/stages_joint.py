@@ -35,18 +35,19 @@ def choose_part(context: Context, original: Graph) -> tuple[float, dict[str, Any
     from dfqc.compiler import joint
     from dfqc.compiler.passes.restore import restore
     from dfqc.compiler.plan import make_plan
-    from dfqc.compiler.pruning import choose_channels, restoring
+    from dfqc.compiler.pruning import choose_channels, rank_once, restoring
     from dfqc.compiler.stages import model_facts
     from dfqc.compiler.stages_allocate import RESERVE, file_bytes, list_free, plan_with
 
     job: Job = context.settings
     recipe, target = job.recipe, job.backend.TARGET
     facts = model_facts(original) | {"sha256": "0" * 64}
+    curves = rank_once(recipe, original)
 
     def cut(part: float) -> Graph | None:
         asked = recipe.model_copy(update={"prune": part, "prune_by": "error"})
         try:
-            keep, _ = choose_channels(asked, original)
+            keep, _ = choose_channels(asked, original, curves)
         except DfqcError as error:
             if part == min(p for p in joint.PARTS if p):
                 raise  # nothing can go at all: said as for any other part

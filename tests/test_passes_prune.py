@@ -10,11 +10,13 @@ from dfqc.compiler.channels import find_groups, remove
 from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.graph import count_macs, count_params, verify
 from dfqc.compiler.passes._budget import Costs, hull
+from dfqc.compiler.passes.curve import error_curves
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.prune import Curve, Options, choose, prune
+from dfqc.compiler.passes.restore import Options as RestoreOptions
 from pruning import IMAGE, chain
 
-CRITERIA = ("l1", "l2", "bn", "output", "restored")
+CRITERIA = ("l1", "l2", "bn", "output", "restored", "moments")
 
 
 # --- Ratios
@@ -101,7 +103,7 @@ def test_costs_are_those_of_the_removed_graph(name, unit):
         assert costs.left(removed) == count(remove(graph, keep))
 
 
-@pytest.mark.parametrize("criterion", ["l2", "output", "restored"])
+@pytest.mark.parametrize("criterion", ["l2", "output", "restored", "moments"])
 @pytest.mark.parametrize("unit", ["params", "macs"])
 @pytest.mark.parametrize("part", [0.9, 0.5, 0.2])
 def test_a_budget_is_met_and_not_by_far(unit, part, criterion):
@@ -115,6 +117,18 @@ def test_a_budget_is_met_and_not_by_far(unit, part, criterion):
     channel = {"params": 3 * 3 * 72, "macs": 3 * 3 * 72 * 64}[unit]
     assert spare <= channel
     assert max(decision.ratios.values()) <= 0.9
+
+
+def test_moments_are_the_restored_error_and_work_on_folded_graphs():
+    graph = chain(24)
+    groups = [group for group in find_groups(graph) if group.prunable]
+    decision = choose(graph, Options(channels=0.3, criterion="moments"))
+    curves = error_curves(graph, groups, RestoreOptions())
+    assert {name: curve.order.tolist() for name, curve in decision.curves.items()} == {
+        name: curve.order.tolist() for name, curve in curves.items()
+    }
+    without = choose(fold(graph), Options(channels=0.3, criterion="moments"))
+    assert sum(map(len, without.keep.values())) == sum(map(len, decision.keep.values()))
 
 
 def test_a_budget_of_channels():

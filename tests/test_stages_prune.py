@@ -107,7 +107,7 @@ def test_the_control_is_the_original_and_the_package_shows_what_went(shared, cap
 def test_a_budget_of_work_and_weights_fitted_to_the_images(shared, capsys):
     manifest = build(capsys, shared, "--macs", "0.8", output="macs")
     about = manifest["pruning"]
-    assert (about["method"], about["criterion"]) == ("macs", "restored")
+    assert (about["method"], about["criterion"]) == ("macs", "moments")
     assert 0.6 * about["macs_before"] < about["macs_after"] <= 0.8 * about["macs_before"]
     scores = about["refit"]["scores"]
     assert about["refit"]["kept"] == min(scores, key=scores.get)

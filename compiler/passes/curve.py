@@ -6,7 +6,7 @@ that a channel which others can stand in for costs nothing, however large its we
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,11 @@ from dfqc.compiler.placement import ADD
 LARGEST = 1200  # side of the largest matrix that is taken down tap by tap
 
 
-def error_curves(graph: Graph, groups: list[Group], options: Options) -> dict[str, Curve]:
+def error_curves(graph: Graph, groups: Sequence[Group], options: Options) -> dict[str, Curve]:
     """Return `error_curve` of several groups by name, as `prune.choose` takes them.
 
-    The scores are what each channel cost when it went. Groups whose users' inputs are not
-    understood are left out.
+    A channel's score is the error when it goes. Groups whose users' inputs are not understood are
+    left out.
     """
     restorer, moments = Restorer(graph, {}, options), node_moments(graph)
     found: dict[str, Curve] = {}
@@ -36,10 +36,8 @@ def error_curves(graph: Graph, groups: list[Group], options: Options) -> dict[st
         curve = _trace_curve(restorer, moments, group)
         if curve is not None:
             order, errors = curve
-            steps = errors.diff(prepend=errors.new_zeros(1))
-            found[group.name] = Curve(
-                order, errors, torch.empty_like(steps).scatter(0, order, steps)
-            )
+            scores = torch.empty_like(errors).scatter(0, order, errors)
+            found[group.name] = Curve(order, errors, scores)
     return found
 
 
@@ -74,6 +72,8 @@ class _Problem:
         """Return what removing each channel costs now, (channels,)."""
         index = torch.arange(self.weight.shape[1])
         blocks = self.inverse[index, :, index]  # (channels, taps, taps)
+        if self.weight.shape[2] == 1:
+            return self.weight.square().sum((0, 2)) / blocks[:, 0, 0]
         own = self.weight.permute(1, 2, 0)  # (channels, taps, outputs)
         solved: Tensor = torch.linalg.solve(blocks, own)
         return (own * solved).sum((1, 2))
@@ -142,7 +142,12 @@ def _pose(
     damped.diagonal().add_(restorer.options.ridge * damped.diagonal().mean().clamp_min(1e-30))
     values, vectors = torch.linalg.eigh(damped)
     inverse = (vectors / values.clamp_min(1e-6 * values[-1])) @ vectors.mT
-    return _Problem(weight.clone(), inverse.view(group.size, taps, group.size, taps))
+    # Only products of columns count, which a triangle keeps: fewer rows to bring up to date.
+    flat = weight.flatten(1)
+    if len(flat) > flat.shape[1]:
+        flat = torch.linalg.qr(flat, mode="r").R
+    fewer = flat.reshape(-1, group.size, taps).clone()
+    return _Problem(fewer, inverse.view(group.size, taps, group.size, taps))
 
 
 def _importance(graph: Graph, path: str, known: Mapping[str, Moments], found: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -19,9 +20,14 @@ from dfqc.compiler.channels import Group, find_groups, remove
 from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.graph import Graph, count_macs, count_params
 from dfqc.compiler.passes._budget import Costs, Unit, allocate
-from dfqc.compiler.passes._criteria import Criterion, Curve, gather_context, rank_channels
+from dfqc.compiler.passes._criteria import Criterion as RankCriterion
+from dfqc.compiler.passes._criteria import Curve, gather_context, rank_channels
+from dfqc.compiler.passes.curve import error_curves
+from dfqc.compiler.passes.restore import Options as RestoreOptions
 
-__all__ = ["Criterion", "Curve", "Decision", "Options", "choose", "prune"]
+__all__ = ["Criterion", "Curve", "Decision", "Options", "choose", "prune", "rank"]
+
+Criterion: TypeAlias = RankCriterion | Literal["moments"]
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +44,9 @@ class Options:
         params: part of the parameters to keep, at most.
         macs: part of the multiply-accumulates to keep, at most.
         layers: (glob, ratio) on producers' paths; the last match wins, before ratio or budget.
-        criterion: which channels of a group go first; see `rank_channels`. `restored` is for what
-            restores them afterwards.
+        criterion: which channels of a group go first; see `rank_channels`. `restored` and `moments`
+            are for what restores them afterwards: `moments` takes the error behind the readers
+            (`error_curves`), and groups that it does not understand go by `restored`.
         multiple: kept channels are a multiple of this where a group is pruned at all.
         minimum: channels that every group keeps.
         most: part that a group may lose to a budget.
@@ -117,17 +124,7 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
             + more
         )
     given = dict(curves or {})
-    context = gather_context(graph)
-    for group in groups:
-        if group.name not in given:
-            given[group.name] = rank_channels(
-                graph,
-                group,
-                context,
-                options.criterion,
-                shift=options.shift,
-                ridge=options.ridge,
-            )
+    given |= rank(graph, [group for group in groups if group.name not in given], options)
     removed = _count_removed(graph, every, groups, given, options)
     keep = {
         group.name: given[group.name].order[removed[group.name] :].sort().values
@@ -136,6 +133,26 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
     }
     ratios = {group.name: removed.get(group.name, 0) / group.size for group in groups}
     return Decision(keep, {g.name: given[g.name] for g in groups}, ratios, left)
+
+
+def rank(graph: Graph, groups: Sequence[Group], options: Options) -> dict[str, Curve]:
+    """Return the channels of groups in the order to remove them, by the criterion of `options`."""
+    found: dict[str, Curve] = {}
+    criterion: RankCriterion
+    if options.criterion == "moments":
+        found, criterion = (
+            error_curves(graph, groups, RestoreOptions.model_validate({})),
+            "restored",
+        )
+    else:
+        criterion = options.criterion
+    context = gather_context(graph)
+    for group in groups:
+        if group.name not in found:
+            found[group.name] = rank_channels(
+                graph, group, context, criterion, shift=options.shift, ridge=options.ridge
+            )
+    return found
 
 
 def _check_options(options: Options) -> None:
