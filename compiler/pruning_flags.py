@@ -141,3 +141,8 @@ def _check_joint(recipe: Recipe) -> None:
             "--sparsity: --quantizer udfc restores pruned channels and would fill the zeros "
             "again: prune or make sparse, not both, or use another quantizer"
         )
+    if recipe.restore != "none" and recipe.bias_correction in ("analytic", "blend", "variance"):
+        raise UsageError(
+            f"--bias-correction {recipe.bias_correction}: --quantizer udfc has put the mean back "
+            "by the batch norms already, and it would count twice: give auto, empirical or none"
+        )

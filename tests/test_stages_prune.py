@@ -201,6 +201,7 @@ def test_a_plan_shows_channels_and_work(shared, capsys):
         (("--prune", "0.3", "--quantizer", "udfc", "--refit", "on"), "would not use what was"),
         (("--prune", "0.3", "--quantizer", "udfc", "--equalize", "cle"), "leave --equalize out"),
         (("--prune", "0.3", "--quantizer", "udfc", "--sparsity", "2:4"), "fill the zeros"),
+        (("--quantizer", "udfc", "--bias-correction", "analytic"), "would count twice"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(shared, capsys, given, text):
