@@ -104,18 +104,24 @@ def open_package(folder: Path) -> Package:
     """Read the manifest of a package; `LoadError` if the folder is none, or of another schema."""
     if folder.is_file():
         raise LoadError(f"{folder}: this is a file, expected the folder that `dfqc build` wrote")
-    path = folder / MANIFEST
+    manifest = read_manifest(folder)
+    package = Package(folder, manifest, _image_spec(folder / MANIFEST, manifest["image"]))
+    if not package.engine.is_file():
+        raise LoadError(f"{package.engine}: missing from the package; copy or build it again")
+    return package
+
+
+def read_manifest(place: Path) -> dict[str, Any]:
+    """Read the manifest of a package, or a `manifest.json` without its package."""
+    path = place if place.is_file() else place / MANIFEST
     if not path.is_file():
-        raise LoadError(f"{folder}: this is no package, it has no {MANIFEST}; see `dfqc build -o`")
+        raise LoadError(f"{place}: this is no package, it has no {MANIFEST}; see `dfqc build -o`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LoadError(f"{path}: this is no JSON ({error}); copy the package again") from error
     _check_manifest(path, manifest)
-    package = Package(folder, manifest, _image_spec(path, manifest["image"]))
-    if not package.engine.is_file():
-        raise LoadError(f"{package.engine}: missing from the package; copy or build it again")
-    return package
+    return dict(manifest)
 
 
 def to_json(value: object) -> str:
