@@ -140,7 +140,9 @@ class Runner:
 
         entry = session.get_inputs()[0]
         _check_images(images, entry.shape, self.model)
-        images = np.ascontiguousarray(images, dtype=np.float32)
+        # Pixels, where the preprocessing is in the graph.
+        kind = np.uint8 if entry.type == "tensor(uint8)" else np.float32
+        images = np.ascontiguousarray(images, dtype=kind)
         pieces = [
             session.run(names, {entry.name: images[start : start + self.max_batch]})
             for start in range(0, len(images), self.max_batch)

@@ -76,6 +76,7 @@ FLAGS = (
     Flag("min_speedup", float, "gate: float time / engine time (exit 6)", "X", _GATES),
     Flag("batch", int, "batch of the latency measurement", "N", _GATES),
     Flag("threads", int, "threads of the latency measurement", "N", _GATES),
+    Flag("bake_preprocessing", bool, "add model.uint8.onnx: pixels in", panel=_RUN),
     Flag("seed", int, "seed of everything random", "N", _RUN),
     Flag("device", str, "cpu or cuda", "NAME", _RUN),
     Flag("budget", str, "time for all: fewer iterations, then exit 8, resumable", "20m", _RUN),

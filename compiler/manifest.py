@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfqc.compiler import ledger, machine
+from dfqc.compiler.baking import describe_preprocessing
 from dfqc.compiler.errors import (
     AccuracyGateError,
     EnvironmentFault,
@@ -23,6 +24,7 @@ from dfqc.compiler.job import Job
 from dfqc.compiler.package import MODEL, SCHEMA
 from dfqc.compiler.pipeline import Build
 from dfqc.compiler.pruning_report import describe_pruning
+from dfqc.compiler.reproduce import build_command
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
 from dfqc.compiler.storage import INFO, NAMES
@@ -31,6 +33,7 @@ from dfqc.compiler.storage import INFO, NAMES
 EXIT_CODES = {
     "parity": ParityGateError.exit_code,
     "parity_eval": ParityGateError.exit_code,
+    "parity_baked": ParityGateError.exit_code,
     "max_drop": AccuracyGateError.exit_code,
     "max_drop_agreement": AccuracyGateError.exit_code,
     "min_speedup": SpeedGateError.exit_code,
@@ -47,11 +50,16 @@ _VERSIONS = (
 )
 
 
-def assemble(build: Build) -> dict[str, Any]:
-    """Return the manifest; `files` is filled in by the package writer."""
+def assemble(build: Build, baked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the manifest; `files` is filled in by the package writer.
+
+    `baked` says what the second model is, the one that takes pixels, and how it compares.
+    """
     job, facts = build.job, build.data("trace", FACTS)
     metrics, parity = _metrics(build), _parity(build)
     gates = check_gates(job, metrics, parity)
+    if baked and baked["passed"] is not None:
+        gates.append(_gate("parity_baked", baked["max_abs"], baked["tolerance"], baked["passed"]))
     code = exit_code(job, gates)
     return {
         "schema": SCHEMA,
@@ -70,6 +78,8 @@ def assemble(build: Build) -> dict[str, Any]:
         "seed": job.recipe.seed,
         "engine": MODEL,
         "image": facts["image"],
+        "preprocessing": describe_preprocessing(facts["image"], baked),
+        "command": build_command(job.recipe),
         "recipe": job.recipe.saved(),
         "recipe_sha256": job.recipe_digest(),
         "metrics": metrics,

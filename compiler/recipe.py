@@ -114,6 +114,7 @@ class Recipe(BaseModel):
     eval_data: str | None = None
     max_drop: float | None = Field(None, ge=0)
     min_speedup: float | None = Field(None, gt=0)
+    bake_preprocessing: bool = False
     batch: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
 

@@ -189,12 +189,11 @@ def check_golden(
 ) -> dict[str, Any]:
     """Compare an opened engine with the simulation; `failures` says what is out of tolerance."""
     outputs = runner.infer(golden.inputs)
-    step = OUTPUT_STEPS * output_step(model)
-    step += FLOAT_TOLERANCE * float(np.abs(golden.outputs).max())
-    tolerance = step + _known_difference(manifest)
+    limits = golden_limits(golden, model, manifest)
+    tolerance = limits["tolerance"]
     max_abs = float(np.abs(outputs - golden.outputs).max())
     equal = outputs.argmax(1) == golden.outputs.argmax(1)
-    clear = _margins(golden.outputs) > 2 * step
+    clear = _margins(golden.outputs) > limits["margin"]
     clear_agreement = 100 * float(equal[clear].mean()) if clear.any() else 100.0
     layers = _compare_codes(golden, runner)
     first = next((row for row in layers if row.max_steps), None)
@@ -222,6 +221,16 @@ def check_golden(
         "layers": [dataclasses.asdict(row) for row in layers],
         "failures": failures,
     }
+
+
+def golden_limits(
+    golden: Golden, model: onnx.ModelProto, manifest: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return how far outputs may be off, and the lead that decides an arg-max beyond doubt."""
+    step = OUTPUT_STEPS * output_step(model)
+    step += FLOAT_TOLERANCE * float(np.abs(golden.outputs).max())
+    tolerance = step + _known_difference(manifest)
+    return {"tolerance": tolerance, "margin": 2 * step, "agreement": MIN_AGREEMENT}
 
 
 def _compare_codes(golden: Golden, runner: Runner) -> list[CodeDifference]:

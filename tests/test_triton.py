@@ -1,40 +1,21 @@
-import re
-
 import onnx
 import pytest
+from google.protobuf import json_format, text_format
 
 from dfqc.compiler.triton import repository_name, triton_repository
 from qdq_models import tiny_net
+from triton_schema import parse_config
 
 
 def parse(text):
-    """Read the few forms of protobuf text that a configuration uses."""
-    tokens = re.findall(r'"[^"]*"|[\w.-]+:?|[{}\[\],]', text)
+    """Read a configuration by Triton's schema."""
 
-    def message(until):
-        fields = {}
-        while tokens and tokens[0] != until:
-            name = tokens.pop(0).rstrip(":")
-            fields[name] = value()
-        if tokens:
-            tokens.pop(0)
-        return fields
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: [int(d) for d in v] if k == "dims" else plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list) else value
 
-    def value():
-        token = tokens.pop(0)
-        if token == "{":
-            return message("}")
-        if token != "[":
-            return token.strip('"') if not token.lstrip("-").isdigit() else int(token)
-        items = []
-        while tokens[0] != "]":
-            items.append(value())
-            if tokens[0] == ",":
-                tokens.pop(0)
-        tokens.pop(0)
-        return items
-
-    return message(None)
+    return plain(json_format.MessageToDict(parse_config(text), preserving_proto_field_name=True))
 
 
 def config_of(model, **options):
@@ -59,7 +40,32 @@ def test_dimensions_are_given_without_the_batch():
         "output": [{"name": "output", "data_type": "TYPE_FP32", "dims": [5]}],
         "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
         "dynamic_batching": {},
+        "model_warmup": [warm_up(1), warm_up(8)],
     }
+
+
+def warm_up(batch):
+    zeros = {"data_type": "TYPE_FP32", "dims": [3, 8, 8], "zero_data": True}
+    return {
+        "name": f"batch_{batch}",
+        "batch_size": batch,
+        "inputs": [{"key": "input", "value": zeros}],
+    }
+
+
+@pytest.mark.parametrize("line", ['batch_limit: 3', 'max_batch_size: "3"', "platform: KIND_CPU",
+                                  "input [ { name: 'a' dims: [ 1.5 ] } ]"])  # fmt: skip
+def test_what_the_schema_does_not_have_is_refused(line):
+    with pytest.raises(text_format.ParseError):
+        parse_config(line)
+
+
+def test_an_engine_for_some_batches_prefers_and_warms_them():
+    files = triton_repository("n", tiny_net().data, cpu=False, engine=b"plan", batches=(8, 1, 32))
+    config = parse(files["triton/n/config.pbtxt"].decode())
+    assert config["max_batch_size"] == 32
+    assert config["dynamic_batching"] == {"preferred_batch_size": [1, 8, 32]}
+    assert [request["batch_size"] for request in config["model_warmup"]] == [1, 8, 32]
 
 
 def test_a_model_with_a_fixed_batch_is_not_batched():
@@ -67,7 +73,10 @@ def test_a_model_with_a_fixed_batch_is_not_batched():
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     config = config_of(model.SerializeToString())
-    assert config["max_batch_size"] == 0
+    assert config.get("max_batch_size", 0) == 0
+    (request,) = config["model_warmup"]
+    assert request["batch_size"] == 1
+    assert request["inputs"][0]["value"]["dims"] == [1, 3, 8, 8]
     assert config["input"][0]["dims"] == [1, 3, 8, 8]
     assert config["output"][0]["dims"] == [1, 5]
     assert "dynamic_batching" not in config
@@ -76,7 +85,9 @@ def test_a_model_with_a_fixed_batch_is_not_batched():
 def test_an_open_dimension_stays_open():
     model = tiny_net().model
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
-    assert config_of(model.SerializeToString())["input"][0]["dims"] == [3, -1, 8]
+    config = config_of(model.SerializeToString())
+    assert config["input"][0]["dims"] == [3, -1, 8]
+    assert "model_warmup" not in config  # zeros of what size?
 
 
 def test_an_engine_is_served_by_tensorrt_on_the_gpu():
