@@ -178,12 +178,13 @@ print(logits.argmax(1))
 def _how_made(manifest: Mapping[str, Any]) -> list[str]:
     calib, recipe = manifest.get("calib", {}), manifest.get("recipe", {})
     quantization = manifest.get("quantization") or {}
+    kept = f", kept: {quantization['kept']}" if quantization.get("kept") else ""
     real = recipe.get("calib-data")
     data = f"images given by the user, {real}" if real else "images synthesized from it, no data"
     return [
         f"source {_get(manifest, 'model', 'source')}, sha256 {_get(manifest, 'model', 'sha256')}",
         f"calibrated on {data} ({calib.get('images')} by `{calib.get('method')}`)",
-        f"quantizer `{quantization.get('quantizer')}`, kept: {quantization.get('kept')}",
+        f"quantizer `{quantization.get('quantizer')}`{kept}",
         f"seed {manifest.get('seed')}, recipe sha256 {manifest.get('recipe_sha256')}",
         "versions, digests and inputs: `provenance.json`",
     ]
