@@ -10,9 +10,11 @@ ABSENT = "–"
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2230;--soft:#667085;--line:#e3e7ee;--page:#fff;
---card:#f6f8fb;--bar:#3b6fd4;--good:#16794c;--bad:#b42318}
+--card:#f6f8fb;--bar:#3b6fd4;--good:#16794c;--bad:#b42318;--c0:#3b6fd4;--c1:#c2571a;--c2:#16794c;
+--c3:#8b3fb5;--c4:#a8821c;--c5:#5d6b82}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#98a2b3;--line:#2c3442;--page:#12161d;
---card:#1a202a;--bar:#6f9bea;--good:#4cc38a;--bad:#ff8a80}}
+--card:#1a202a;--bar:#6f9bea;--good:#4cc38a;--bad:#ff8a80;--c0:#6f9bea;--c1:#f0954f;--c2:#4cc38a;
+--c3:#c58be8;--c4:#e0bc5a;--c5:#9aa7bd}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:68rem;
 margin:2rem auto;padding:0 1.2rem}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
@@ -27,6 +29,10 @@ th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-num
 .passed{color:var(--good);font-weight:600}.failed{color:var(--bad);font-weight:600}
 .bar{background:var(--bar);height:.6rem;border-radius:.3rem;min-width:2px}
 pre{background:var(--card);padding:.8rem 1rem;border-radius:.6rem;overflow-x:auto}
+svg{display:block;width:100%;min-width:34rem;max-width:46rem}
+svg text{fill:var(--ink);font-size:12px}
+.legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:.2rem 0;font-size:.85rem}
+.legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:.2rem;margin-right:.4rem}
 img{max-width:100%;image-rendering:pixelated;border-radius:.4rem}
 """
 

@@ -7,6 +7,7 @@ trusted on a shared machine is the ratio of two figures of one run, not the figu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 
 from dfqc.compiler import machine, plugins
 from dfqc.compiler.contracts import ImageSpec, Latency, Progress, Runner, silent
+from dfqc.compiler.energy import Meter, find_meter, joules_per_call
 from dfqc.compiler.errors import EnvironmentFault, LoadError, UsageError
 from dfqc.compiler.evaluate import score
 from dfqc.compiler.package import Package, open_package
@@ -159,7 +161,7 @@ def run_bench(
     images is measured too.
     """
     packages = [open_package(folder) for folder in folders]
-    image = _common_image(packages)
+    image = _common_image(packages, data is not None)
     threads = threads or machine.cpu_count()
     entries = _entries(packages, float_model)
     rows = [_static_row(entry, image, batch, threads) for entry in entries]
@@ -171,6 +173,8 @@ def run_bench(
         images = random_images(image, batch)
         samples = sample(runners, images, runs=runs, seconds=seconds * len(runners))
         top1 = _accuracies(runners, data, image, progress)
+        meter, energy = find_meter()
+        joules = _energies(meter, runners, images)
     finally:
         for runner in runners.values():
             runner.close()
@@ -181,12 +185,14 @@ def run_bench(
         row["images_per_second"] = 1000 * batch / row["latency_ms"]["median_ms"]
         row["speedup"] = speedup(samples[reference], times)
         row["top1"] = top1.get(row["name"])
+        row["joules_per_image"] = joules.get(row["name"])
     return {
         "batch": batch,
         "threads": threads,
         "input": list(image.size),
         "reference": reference,
         "cpu": machine.cpu_model(),
+        "energy": energy,
         "engines": rows,
     }
 
@@ -194,7 +200,9 @@ def run_bench(
 def describe_bench(result: Mapping[str, Any]) -> list[str]:
     """Return the lines that `dfqc bench` shows for a result of `run_bench`."""
     width = max(6, *(len(row["name"]) for row in result["engines"]))
-    columns = "  median ms    p90 ms  images/s  ratio          load ms    memory      file"
+    columns = (
+        "  median ms    p90 ms    p99 ms  images/s  ratio          load ms    memory      file"
+    )
     lines = [
         f"batch {result['batch']}, {result['threads']} threads, {result['cpu']}",
         f"ratios to {result['reference']}: by medians (by best calls)",
@@ -203,8 +211,11 @@ def describe_bench(result: Mapping[str, Any]) -> list[str]:
     for row in result["engines"]:
         latency, ratio = row["latency_ms"], row["speedup"]
         accuracy = f"  top-1 {row['top1']['percent']:.2f} %" if row["top1"] else ""
+        if row["joules_per_image"] is not None:
+            accuracy += f"  {row['joules_per_image']:.4g} J/image"
         lines.append(
             f"{row['name']:<{width}} {latency['median_ms']:10.3f} {latency['p90_ms']:9.3f} "
+            f"{latency['p99_ms']:9.3f} "
             f"{row['images_per_second']:9.1f}  {ratio['median']:.2f} ({ratio['best']:.2f}) "
             f"{row['load_ms']:12.1f} {format_size(row['engine_bytes']):>9} "
             f"{format_size(row['model_bytes']):>9}{accuracy}"
@@ -240,7 +251,7 @@ def _timed(runner: Runner, images: np.ndarray, clock: Callable[[], float]) -> fl
     return clock() - start
 
 
-def _common_image(packages: Sequence[Package]) -> ImageSpec:
+def _common_image(packages: Sequence[Package], normalized: bool) -> ImageSpec:
     if not packages:
         raise UsageError("dfqc bench: no packages given, expected one or more folders")
     first = packages[0]
@@ -250,7 +261,16 @@ def _common_image(packages: Sequence[Package]) -> ImageSpec:
                 f"{other.folder}: takes images of {other.image.size}, {first.folder} of "
                 f"{first.image.size}; only packages with one input size can be compared"
             )
+        if normalized and _steps(other.image) != _steps(first.image):
+            raise UsageError(
+                f"{other.folder} and {first.folder} preprocess images in other ways, so that one "
+                "set cannot be fed to both: evaluate them one by one with `dfqc eval`"
+            )
     return first.image
+
+
+def _steps(image: ImageSpec) -> tuple[object, ...]:
+    return image.mean, image.std, image.resize
 
 
 def _entries(packages: Sequence[Package], float_model: Path | None) -> list[Entry]:
@@ -292,6 +312,19 @@ def _accuracies(
     return {name: dataclasses.asdict(scores.top1(name)) for name in runners}
 
 
+def _energies(
+    meter: Meter | None, runners: Mapping[str, Runner], images: np.ndarray
+) -> dict[str, float]:
+    """Return the joules of one image by engine; empty where the machine tells none."""
+    if meter is None:
+        return {}
+    return {
+        name: joules_per_call(meter, functools.partial(runner.infer, images)) / len(images)
+        for name, runner in runners.items()
+    }
+
+
 def _latency_row(samples: np.ndarray, batch: int, threads: int) -> dict[str, Any]:
     latency = summarize(samples, batch=batch, threads=threads, warmup=WARMUP)
-    return dataclasses.asdict(latency) | {"best_ms": float(samples.min())}
+    tail = {"p99_ms": float(np.quantile(samples, 0.99)), "best_ms": float(samples.min())}
+    return dataclasses.asdict(latency) | tail

@@ -1,4 +1,4 @@
-"""The verb that compares two builds: `diff`; needs neither torch nor an engine."""
+"""The verbs that compare packages: `bench`, on this device, and `diff`; neither needs torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,63 @@ from typing import Annotated
 
 import typer
 
-from dfqc.compiler.errors import AccuracyGateError, UsageError
-from dfqc.compiler.output import Json, emit
+from dfqc.compiler.errors import AccuracyGateError, EnvironmentFault, UsageError
+from dfqc.compiler.output import Json, emit, only_results_on_stdout
 
+Folders = Annotated[list[Path], typer.Argument(metavar="PACKAGE...", help="One or more packages.")]
 Before = Annotated[Path, typer.Argument(metavar="BEFORE", help="Package, or its manifest.json.")]
 After = Annotated[Path, typer.Argument(metavar="AFTER", help="Package, or its manifest.json.")]
+Batches = Annotated[str, typer.Option(metavar="N,N", help="Images per call; several: a sweep.")]
+Threads = Annotated[
+    str | None, typer.Option(metavar="N,N", help="Threads of the engine; several: a sweep.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
+    app.command("bench", help="Latency of packages, measured side by side.")(bench)
     app.command("diff", help="What changed from one package to another, for pull requests.")(diff)
+
+
+def bench(
+    packages: Folders,
+    batch: Batches = "1",
+    threads: Threads = None,
+    float_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Float ONNX model to compare with.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "--eval-data", metavar="PATH", help="Labelled images: adds top-1."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls per engine.")] = 100,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one line per engine and setting.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with plots.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Time packages."""
+    from dfqc.compiler.bench_sweep import describe_sweep, run_sweep, sweep_csv, sweep_html
+    from dfqc.compiler.progress import reporter
+
+    counts = _numbers("--threads", threads) if threads else [None]
+    with only_results_on_stdout():
+        result = run_sweep(
+            packages,
+            batches=_numbers("--batch", batch),
+            threads=counts,
+            float_model=float_model,
+            data=data,
+            runs=runs,
+            progress=reporter("bench"),
+        )
+    for path, text in ((csv, sweep_csv), (html, sweep_html)):
+        if path is not None:
+            _write(path, text(result))
+    emit(result, describe_sweep(result), as_json=json)
 
 
 def diff(
@@ -41,3 +88,20 @@ def diff(
     if result["failures"]:
         typer.echo(f"dfqc: {'; '.join(result['failures'])}", err=True)
         raise typer.Exit(AccuracyGateError.exit_code)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """Read `1,8,32`; repeated numbers count once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise UsageError(f"{flag}: got {text!r}, expected positive numbers such as 1 or 1,8,32")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error

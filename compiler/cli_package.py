@@ -1,4 +1,4 @@
-"""The verbs on a finished package: `eval`, `bench`, `verify` and `inspect`; none needs torch."""
+"""The verbs on one finished package: `eval`, `verify` and `inspect`; none needs torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dfqc.compiler.errors import ParityGateError
 from dfqc.compiler.output import Json, emit, only_results_on_stdout
 
 Folder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Folder that `dfqc build` wrote.")]
-Folders = Annotated[list[Path], typer.Argument(metavar="PACKAGE...", help="One or more packages.")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads of the engine.")]
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images per call.")]
 
@@ -19,7 +18,6 @@ Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images per call.")
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
     app.command("eval", help="Top-1 of a package on labelled images.")(evaluate)
-    app.command("bench", help="Latency of packages, measured side by side.")(bench)
     app.command("verify", help="Is a package whole, and does it compute here what it must?")(verify)
     app.command("inspect", help="What is in a package or an ONNX file.")(inspect)
 
@@ -43,36 +41,6 @@ def evaluate(
     with only_results_on_stdout():
         result = run_eval(package, data, batch=batch, threads=threads, progress=reporter("eval"))
     emit(result, describe_eval(result), as_json=json)
-
-
-def bench(
-    packages: Folders,
-    batch: Batch = 1,
-    threads: Threads = None,
-    float_model: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Float ONNX model to compare with.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Labelled images: adds top-1.")
-    ] = None,
-    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls per engine.")] = 100,
-    json: Json = False,
-) -> None:
-    """Time packages."""
-    from dfqc.compiler.bench import describe_bench, run_bench
-    from dfqc.compiler.progress import reporter
-
-    with only_results_on_stdout():
-        result = run_bench(
-            packages,
-            batch=batch,
-            threads=threads,
-            float_model=float_model,
-            data=data,
-            runs=runs,
-            progress=reporter("bench"),
-        )
-    emit(result, describe_bench(result), as_json=json)
 
 
 def verify(package: Folder, threads: Threads = None, json: Json = False) -> None:
