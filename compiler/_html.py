@@ -17,7 +17,11 @@ _STYLE = """
 --c3:#c58be8;--c4:#e0bc5a;--c5:#9aa7bd}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:68rem;
 margin:2rem auto;padding:0 1.2rem}
+h1,h2,p,li,code{overflow-wrap:anywhere}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
+.verdict{display:inline-block;margin:.8rem 0 0;padding:.2rem .8rem;border-radius:1rem;
+border:1px solid currentColor}
+summary{cursor:pointer;color:var(--soft);margin:.6rem 0}
 p.sub,small{color:var(--soft)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.8rem;
 margin:1.4rem 0}
@@ -27,13 +31,15 @@ margin:1.4rem 0}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .passed{color:var(--good);font-weight:600}.failed{color:var(--bad);font-weight:600}
-.bar{background:var(--bar);height:.6rem;border-radius:.3rem;min-width:2px}
+.track{width:6rem;padding-top:.35rem}.bar{background:var(--bar);height:.6rem;border-radius:.3rem;min-width:2px}
 pre{background:var(--card);padding:.8rem 1rem;border-radius:.6rem;overflow-x:auto}
-svg{display:block;width:100%;min-width:34rem;max-width:46rem}
-svg text{fill:var(--ink);font-size:12px}
+svg{display:block;width:100%;min-width:20rem;max-width:40rem}
+svg text{fill:var(--ink);font-size:11px}
 .legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:.2rem 0;font-size:.85rem}
 .legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:.2rem;margin-right:.4rem}
 img{max-width:100%;image-rendering:pixelated;border-radius:.4rem}
+@media(max-width:30rem){body{margin:1rem auto;padding:0 .8rem}.card b{font-size:1.2rem}
+.cards{grid-template-columns:1fr 1fr}th,td{padding:.3rem .4rem}}
 """
 
 
@@ -76,6 +82,7 @@ def table(
 
     def cell(tag: str, index: int, value: object) -> str:
         text = value if isinstance(value, Markup) else escape(plain(value))
+        text = "" if tag == "th" and value == "" else text  # no name, not an absent figure
         return f"<{tag}{' class=n' if index in numeric else ''}>{text}</{tag}>"
 
     def row(tag: str, values: Sequence[object]) -> str:
@@ -94,3 +101,38 @@ def plain(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(v) for v in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def folded(summary: str, body: str) -> str:
+    """Return a body that is shown on demand, or nothing where there is none."""
+    if not body:
+        return ""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def lookup(values: Mapping[str, Any], *path: str) -> Any:
+    """Return what is at a path of names, or None."""
+    current: Any = values
+    for name in path:
+        current = current.get(name) if isinstance(current, Mapping) else None
+    return current
+
+
+def number(value: object, digits: int = 2) -> str:
+    """Return a figure with so many digits; counts and words as they are."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ABSENT if value is None else str(value)
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def with_unit(value: float | None, unit: str) -> str:
+    """Return a figure and its unit."""
+    return ABSENT if value is None else f"{number(value)} {unit}"
+
+
+def size_ratio(manifest: Mapping[str, Any], above: str, below: str) -> str:
+    """Return how many times larger one size of the manifest is than another."""
+    size = manifest.get("size", {})
+    if not size.get(above) or not size.get(below):
+        return ABSENT
+    return f"{size[above] / size[below]:.2f}×"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 COLORS = 6  # of the page's style: --c0 … --c5
 
-_WIDTH, _LABEL, _VALUE = 640, 170, 132
+_WIDTH, _LABEL, _VALUE = 480, 124, 108
 _ROW = 26
 _ROOM = 1.4  # for whiskers, as a multiple of the longest bar
 _THICK = f'height="{_ROW - 10}" rx="3"'
+_BAND = 'stroke-width="6" stroke-opacity="0.35" fill="none"'
 _PLOT = 220  # height of a line chart
 
 
@@ -70,11 +71,68 @@ def line_chart(
                 f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{color}">'
                 f"<title>{hint}</title></circle>"
             )
-    legend = "".join(
+    return _svg(title, _PLOT, "".join(body)) + _legend(enumerate(series))
+
+
+def column_chart(
+    title: str, columns: Sequence[Bar], *, unit: str, legend: Mapping[int, str]
+) -> str:
+    """Return upright columns from zero, one narrow one per value, told apart by their hints.
+
+    `legend` says what each color is.
+    """
+    if not columns:
+        return ""
+    top = _round_up(max(column.value for column in columns))
+    left, right, bottom = 64, _WIDTH - 4, _PLOT - 14
+    step = (right - left) / len(columns)
+    body = [_gridline(bottom - share * (bottom - 30), top * share, right) for share in (0, 0.5, 1)]
+    body.append(_text(4, 12, unit, "start"))
+    for index, column in enumerate(columns):
+        height = max(column.value, 0.0) / top * (bottom - 30)
+        body.append(
+            f'<rect x="{left + index * step:.1f}" y="{bottom - height:.1f}" '
+            f'width="{max(0.8 * step, 1):.1f}" height="{max(height, 1):.1f}" '
+            f'fill="var(--c{column.color % COLORS})">'
+            f"<title>{escape(f'{column.label}: {column.text}')}</title></rect>"
+        )
+    return _svg(title, _PLOT, "".join(body)) + _legend(legend.items())
+
+
+def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Return rows of (label, percent, low, high) on one axis that ends at 100 %."""
+    if not rows:
+        return ""
+    start = 10 * math.floor(min(row[2] for row in rows) / 10)
+    start = min(start, 90)
+    left, right = _LABEL, _WIDTH - _VALUE - 30
+
+    def across(percent: float) -> float:
+        return left + (percent - start) / (100 - start) * (right - left)
+
+    bottom = len(rows) * _ROW
+    body = []
+    for tick in (start, (start + 100) / 2, 100):
+        x = across(tick)
+        body.append(f'<path d="M{x:.1f} 2V{bottom}" stroke="var(--line)" fill="none"/>')
+        body.append(_text(x, bottom + 15, f"{tick:g} %", "middle"))
+    for index, (label, percent, low, high) in enumerate(rows):
+        y, color = index * _ROW + _ROW / 2, f"var(--c{index % COLORS})"
+        body += [
+            _text(_LABEL - 8, y + 4, _shorten(label), "end"),
+            f'<path d="M{across(low):.1f} {y}H{across(high):.1f}" stroke="{color}" {_BAND}/>',
+            f'<circle cx="{across(percent):.1f}" cy="{y}" r="4.5" fill="{color}"/>',
+            _text(_WIDTH - 2, y + 4, f"{percent:.2f} ({low:.1f} to {high:.1f})", "end"),
+        ]
+    return _svg(title, bottom + 22, "".join(body))
+
+
+def _legend(names: Iterable[tuple[int, str]]) -> str:
+    spans = "".join(
         f'<span><i style="background:var(--c{index % COLORS})"></i>{escape(name)}</span>'
-        for index, name in enumerate(series)
+        for index, name in names
     )
-    return _svg(title, _PLOT, "".join(body)) + f'<p class="legend">{legend}</p>'
+    return f'<p class="legend">{spans}</p>'
 
 
 def _bar(bar: Bar, top: float, scale: float) -> str:
@@ -104,7 +162,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _svg(title: str, height: float, body: str) -> str:
-    # Wider than a phone: it scrolls inside of its own box, so that its text stays readable.
+    # It shrinks to the width of a phone; on anything narrower it scrolls inside of its own box.
     return (
         f'<div class="scroll"><svg role="img" aria-label="{escape(title)}" '
         f'viewBox="0 0 {_WIDTH} {height:.0f}">{body}</svg></div>'
@@ -112,7 +170,7 @@ def _svg(title: str, height: float, body: str) -> str:
 
 
 def _shorten(label: str) -> str:
-    return label if len(label) <= 26 else f"…{label[-25:]}"
+    return label if len(label) <= 20 else f"…{label[-19:]}"
 
 
 def _round_up(value: float) -> float:

@@ -13,9 +13,28 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from dfqc.compiler._html import ABSENT, Markup, bullets, page, pairs, section, table
+from dfqc.compiler._html import (
+    ABSENT,
+    Markup,
+    bullets,
+    folded,
+    lookup,
+    number,
+    page,
+    pairs,
+    section,
+    size_ratio,
+    table,
+    with_unit,
+)
 from dfqc.compiler.pruning_report import pruning_html
-from dfqc.compiler.units import format_duration, format_size
+from dfqc.compiler.report_charts import (
+    layers_chart,
+    show_fidelity,
+    show_latency,
+    show_sizes,
+    show_stages,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,23 +47,28 @@ _GOOD_DB = 40.0  # length of a full bar
 
 def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = None) -> str:
     """Return the report of one build as a self-contained page."""
-    title = f"{_source(manifest)} · {manifest.get('bits', '')} · {manifest.get('target', '')}"
+    name = _source(manifest).replace("\\", "/").rpartition("/")[2]
+    title = f"{name} · {manifest.get('bits', '')} · {manifest.get('target', '')}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="sub">{escape(_subtitle(manifest))}</p>',
+        _status(manifest),
         _cards(manifest),
         section("Not measured, not executed", bullets(open_points(manifest))),
         section("Gates", _gates(manifest.get("gates", []))),
-        section("Accuracy and fidelity", _metrics(manifest)),
-        section("Latency", _latency(manifest)),
-        section("Size", _size(manifest)),
+        section("Accuracy and fidelity", show_fidelity(manifest)),
+        section("Latency", show_latency(manifest)),
+        section("Size", show_sizes(manifest)),
         section("Calibration images", _calibration(manifest, contact_sheet_png)),
         section("Pruning", pruning_html(manifest)),
+        section("Layers", layers_chart(manifest.get("layers", []))),
         section("Precision ledger", _ledger(manifest.get("layers", []))),
         section("Weight bits under a limit", _allocation(manifest)),
-        section("Stages", _stages(manifest.get("stages", []))),
+        section("Stages", show_stages(manifest.get("stages", []))),
         section("Reproduce", _command(manifest)),
-        section("Environment", pairs(manifest.get("environment", {}))),
+        section(
+            "Environment", folded("versions and machine", pairs(manifest.get("environment", {})))
+        ),
     ]
     return page(title, parts)
 
@@ -86,35 +110,47 @@ def contact_sheet(images: np.ndarray, *, columns: int = 8) -> bytes:
 def open_points(manifest: Mapping[str, Any]) -> list[str]:
     """List what a reader may take for granted and nobody has measured."""
     points = []
-    if _get(manifest, "metrics", "top1", "engine") is None:
+    if lookup(manifest, "metrics", "top1", "engine") is None:
         points.append(
             "Accuracy: no labelled images were given (--eval-data). Agreement with the float model "
             "on synthetic images is no accuracy."
         )
-    if _get(manifest, "metrics", "latency_ms", "engine") is None:
+    if lookup(manifest, "metrics", "latency_ms", "engine") is None:
         points.append("Latency: nothing was timed. `dfqc bench` times the package where it is.")
-    if _get(manifest, "parity", "argmax_agreement") is None:
+    if lookup(manifest, "parity", "argmax_agreement") is None:
         points.append("Parity: the engine was not run, so it is not compared to the simulation.")
     unknown = [row["name"] for row in manifest.get("layers", []) if not row.get("executed")]
     if unknown:
         points.append(f"Kernels: what executes {len(unknown)} of the layers is not known.")
-    if _get(manifest, "image", "assumed"):
+    if lookup(manifest, "image", "assumed"):
         points.append("Preprocessing: mean and std were not given; ImageNet's were assumed.")
     return points + [str(note) for note in manifest.get("notes", [])]
 
 
+def _status(manifest: Mapping[str, Any]) -> str:
+    status = manifest.get("status")
+    if status not in ("passed", "failed"):
+        return ""
+    failed = [str(g.get("name")) for g in manifest.get("gates", []) if not g.get("passed")]
+    text = status if not failed else f"{status}: {', '.join(failed)}"
+    return f'<p class="verdict {status}">{escape(text)}</p>'
+
+
 def _cards(manifest: Mapping[str, Any]) -> str:
-    top1, gates = _get(manifest, "metrics", "top1") or {}, manifest.get("gates", [])
+    top1, gates = lookup(manifest, "metrics", "top1") or {}, manifest.get("gates", [])
     passed = sum(bool(gate.get("passed")) for gate in gates)
     cards = [("gates passed", f"{passed} of {len(gates)}" if gates else ABSENT)]
     if top1.get("engine") is not None:
         drop = _difference(top1.get("float"), top1["engine"])
-        cards.append(("top-1 of the engine", f"{_number(top1['engine'])} % ({drop})"))
-    agreement = _get(manifest, "metrics", "agreement", "engine")
-    cards.append(("predictions as in float", _unit(agreement, "%")))
-    cards.append(("smaller than float", _ratio(manifest, "float_bytes", "model_bytes")))
+        cards.append(("top-1 of the engine", f"{number(top1['engine'])} % ({drop})"))
+    agreement = lookup(manifest, "metrics", "agreement", "engine")
+    cards.append(("predictions as in float", with_unit(agreement, "%")))
+    cards.append(("smaller than float", size_ratio(manifest, "float_bytes", "model_bytes")))
     cards.append(
-        ("faster than float", _unit(_get(manifest, "metrics", "latency_ms", "speedup"), "×"))
+        (
+            "times as fast as float",
+            with_unit(lookup(manifest, "metrics", "latency_ms", "speedup"), "×"),
+        )
     )
     body = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
@@ -129,8 +165,8 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             gate.get("name"),
-            _number(gate.get("value")),
-            _number(gate.get("limit")),
+            _short(gate.get("value")),
+            _short(gate.get("limit")),
             _verdict(bool(gate.get("passed"))),
         ]
         for gate in gates
@@ -138,68 +174,24 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
     return table(("gate", "value", "limit", "verdict"), rows, numeric=(1, 2))
 
 
-def _metrics(manifest: Mapping[str, Any]) -> str:
-    metrics, parity = manifest.get("metrics", {}), manifest.get("parity", {})
-    top1, agreement = metrics.get("top1") or {}, metrics.get("agreement") or {}
-    rows = [
-        [name, _number(top1.get(name)), _number(100 if name == "float" else agreement.get(name))]
-        for name in ("float", "pruned", "simulated", "engine")
-        if name != "pruned" or top1.get(name) is not None
-    ]
-    images = top1.get("images")
-    facts = {
-        "labelled images": images,
-        "SQNR of the outputs": _unit(metrics.get("sqnr_db"), "dB"),
-        "simulation and engine": _unit(parity.get("argmax_agreement"), "% of predictions equal"),
-        "largest difference of their outputs": _number(parity.get("max_abs"), 4),
-        "layer with the largest difference": parity.get("worst_layer"),
-    }
-    header = ("model", "top-1 (%)", "predictions as in float (%)")
-    return table(header, rows, numeric=(1, 2)) + pairs(facts)
-
-
-def _latency(manifest: Mapping[str, Any]) -> str:
-    latency = _get(manifest, "metrics", "latency_ms")
-    if not latency:
-        return "<p>Not measured.</p>"
-    names = ("float", "pruned", "engine") if latency.get("pruned") else ("float", "engine")
-    rows = [[name, _number(latency.get(name), 3)] for name in names]
-    note = (
-        f"Batch {latency.get('batch', ABSENT)}, {latency.get('threads', ABSENT)} threads; medians "
-        "of calls that took turns in one run. Trust the ratio "
-        f"({_number(latency.get('speedup'))}×), not the figures: machines are noisy."
-    )
-    return table(("model", "median (ms)"), rows, numeric=(1,)) + f"<p>{escape(note)}</p>"
-
-
-def _size(manifest: Mapping[str, Any]) -> str:
-    size = manifest.get("size", {})
-    names = {"float_bytes": "float model", "model_bytes": "this model", "ideal_bytes": "ideal"}
-    rows = [
-        [label, format_size(size[key]), f"{size[key]:,}"]
-        for key, label in names.items()
-        if size.get(key) is not None
-    ]
-    note = (
-        "Ideal: every weight at its planned bits, int32 biases, one float scale per channel or "
-        f"tensor. This model is {_ratio(manifest, 'model_bytes', 'ideal_bytes')} of it."
-    )
-    return table(("file", "size", "bytes"), rows, numeric=(1, 2)) + f"<p>{escape(note)}</p>"
+def _short(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.4g}"
 
 
 def _calibration(manifest: Mapping[str, Any], sheet: bytes | None) -> str:
     calib = dict(manifest.get("calib", {}))
     faults, quality = calib.pop("warnings", []), calib.pop("quality", {})
-    body = bullets(f"Warning: {fault}" for fault in faults) + pairs(calib | quality)
-    if body:
+    body = bullets(f"Warning: {fault}" for fault in faults)
+    if sheet is not None:
+        data = base64.b64encode(sheet).decode()
+        body += f'<p><img alt="calibration images" src="data:image/png;base64,{data}"></p>'
+    if calib:
+        body += pairs(calib) + folded("quality of the images in detail", pairs(quality))
         body += (
             "<p>The score is the mean distance to the statistics of the batch norms: 0 is a match, "
             "real images have 0.1 to 0.2, noise has 0.5 to 1.4.</p>"
         )
-    if sheet is None:
-        return body
-    data = base64.b64encode(sheet).decode()
-    return f'{body}<p><img alt="calibration images" src="data:image/png;base64,{data}"></p>'
+    return body
 
 
 def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -213,7 +205,7 @@ def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
             layer.get("executed") or "not known",
             layer.get("rounding") or "",
             layer.get("reason"),
-            _number(layer.get("sqnr_db"), 1),
+            number(layer.get("sqnr_db"), 1),
             _bar(layer.get("sqnr_db")),
         ]
         for layer in layers
@@ -238,7 +230,7 @@ def _allocation(manifest: Mapping[str, Any]) -> str:
         [
             layer["name"],
             about["chosen"].get(layer["name"], "given"),
-            *(_number(_alone(layer, bits), 1) for bits in widths),
+            *(number(_alone(layer, bits), 1) for bits in widths),
         ]
         for layer in manifest.get("layers", [])
         if layer.get("sensitivity")
@@ -251,8 +243,8 @@ def _allocation(manifest: Mapping[str, Any]) -> str:
     )
     facts = {
         "limit": about["limit"],
-        "average bits of the chosen layers": _number(about["avg_bits"]),
-        "SQNR if their effects were independent": _unit(about["predicted_sqnr_db"], "dB"),
+        "average bits of the chosen layers": number(about["avg_bits"]),
+        "SQNR if their effects were independent": with_unit(about["predicted_sqnr_db"], "dB"),
     }
     columns = tuple(range(1, 2 + len(widths)))
     return pairs(facts) + table(header, rows, numeric=columns) + f"<p>{escape(note)}</p>"
@@ -264,28 +256,13 @@ def _widths(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _alone(layer: Mapping[str, Any], bits: str) -> float | None:
-    value: float | None = _get(layer, "sensitivity", bits, "sqnr_db")
+    value: float | None = lookup(layer, "sensitivity", bits, "sqnr_db")
     return value
-
-
-def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [
-            stage.get("name"),
-            format_duration(stage.get("seconds") or 0.0),
-            "cached" if stage.get("cached") else "made",
-            format_size(stage.get("peak_rss_bytes") or 0),
-            str(stage.get("key", ""))[:12],
-        ]
-        for stage in stages
-    ]
-    header = ("stage", "time to make", "this run", "peak memory", "key")
-    return table(header, rows, numeric=(1, 3))
 
 
 def _command(manifest: Mapping[str, Any]) -> str:
     command = manifest.get("command") or f"dfqc build {_source(manifest)} --recipe recipe.yaml"
-    digest = _get(manifest, "model", "sha256") or ABSENT
+    digest = lookup(manifest, "model", "sha256") or ABSENT
     return (
         f"<pre>{escape(str(command))}</pre><p>Model sha256 <code>{escape(str(digest))}</code>, "
         f"seed {escape(str(manifest.get('seed', ABSENT)))}. The same input gives the same "
@@ -296,7 +273,9 @@ def _command(manifest: Mapping[str, Any]) -> str:
 
 def _bar(sqnr: float | None) -> Markup:
     width = 0.0 if sqnr is None else min(max(sqnr / _GOOD_DB, 0.0), 1.0)
-    return Markup(f'<div class="bar" style="width:{100 * width:.0f}%"></div>')
+    return Markup(
+        f'<div class="track"><div class="bar" style="width:{100 * width:.0f}%"></div></div>'
+    )
 
 
 def _verdict(passed: bool) -> Markup:
@@ -305,39 +284,15 @@ def _verdict(passed: bool) -> Markup:
 
 
 def _source(manifest: Mapping[str, Any]) -> str:
-    return str(_get(manifest, "model", "source") or "model")
+    return str(lookup(manifest, "model", "source") or "model")
 
 
 def _subtitle(manifest: Mapping[str, Any]) -> str:
-    parameters = _get(manifest, "model", "params")
+    parameters = lookup(manifest, "model", "params")
     count = f", {parameters:,} parameters" if parameters else ""
-    method = _get(manifest, "calib", "method") or "nothing"
+    method = lookup(manifest, "calib", "method") or "nothing"
     return f"Made by dfqc {manifest.get('dfqc', '')}, calibrated on {method}{count}"
-
-
-def _get(values: Mapping[str, Any], *path: str) -> Any:
-    current: Any = values
-    for name in path:
-        current = current.get(name) if isinstance(current, Mapping) else None
-    return current
-
-
-def _ratio(manifest: Mapping[str, Any], above: str, below: str) -> str:
-    size = manifest.get("size", {})
-    if not size.get(above) or not size.get(below):
-        return ABSENT
-    return f"{size[above] / size[below]:.2f}×"
 
 
 def _difference(reference: float | None, value: float) -> str:
     return ABSENT if reference is None else f"{value - reference:+.2f}"
-
-
-def _number(value: object, digits: int = 2) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ABSENT if value is None else str(value)
-    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
-
-
-def _unit(value: float | None, unit: str) -> str:
-    return ABSENT if value is None else f"{_number(value)} {unit}"

@@ -81,12 +81,13 @@ def test_one_setting_has_no_throughput_over_batches(packages):
 
 def test_the_command_writes_both_files(packages, tmp_path, capsys):
     files = [tmp_path / "b.csv", tmp_path / "b.html"]
-    words = ["bench", *map(str, packages), "--batch", "1,2", "--threads", "1", "--runs", "5"]
+    words = ["bench", str(packages[0]), "--batch", "1,2", "--threads", "1", "--runs", "5"]
     assert main([*words, "--csv", str(files[0]), "--html", str(files[1]), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["settings"]) == 2
-    assert files[0].read_text().count("\n") == 7
+    assert files[0].read_text().count("\n") == 5
     Page(files[1].read_text())
+    words[3] = "1"
     assert main([*words, "--csv", str(tmp_path / "missing" / "b.csv")]) == 8
 
 

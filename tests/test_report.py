@@ -2,13 +2,13 @@ import csv
 import io
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dfqc.compiler.report import contact_sheet, layers_csv, open_points, report_html
+from pages import Page
 
 LAYERS = [
     {
@@ -75,37 +75,12 @@ MANIFEST = {
 }
 
 
-class Reader(HTMLParser):
-    """Collects text and attributes, and checks that tags are balanced."""
-
-    VOID = frozenset({"meta", "img", "br"})
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.text, self.references = [], [], []
-        self.feed(page)
-        # A page may leave html and body to be closed by its end; here everything is closed.
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.references += [v for k, v in attributes if k in {"src", "href"}]
-        assert tag not in {"script", "link"}
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
 def read(manifest, sheet=None):
-    return "\n".join(Reader(report_html(manifest, sheet)).text)
+    return "\n".join(Page(report_html(manifest, sheet)).text)
 
 
 def test_the_page_is_self_contained():
-    reader = Reader(report_html(MANIFEST, b"\x89PNG"))
+    reader = Page(report_html(MANIFEST, b"\x89PNG"))
     assert len(reader.references) == 1
     assert reader.references[0].startswith("data:image/png;base64,")
     assert not re.search(r"https?:|url\(|@import", report_html(MANIFEST))
@@ -135,6 +110,35 @@ def test_text_from_the_model_is_escaped():
     assert "<script>" not in page
     assert "<img" not in page
     assert "a &amp; b" in page
+
+
+def test_shares_have_their_intervals():
+    page = read(MANIFEST)
+    assert "90.84 (90.01 to 91.61)" in page  # Wilson, of 5,000
+    assert "96.13 (" not in page  # of how many images is not known
+    top1 = MANIFEST["metrics"]["top1"] | {"drop_standard_error": 0.3}
+    page = read(MANIFEST | {"metrics": MANIFEST["metrics"] | {"top1": top1}})
+    assert "0.76 ± 0.59 points" in page
+
+
+def test_charts_are_drawn_of_what_was_measured():
+    tags = Page(report_html(MANIFEST)).tags
+    assert tags.count("svg") == 5  # shares, latency, sizes, layers, stages
+    bare = {"schema": 1, "dfqc": "0.1.0", "target": "ort", "layers": [{"name": "a"}]}
+    assert Page(report_html(bare)).tags.count("svg") == 0
+
+
+def test_layers_are_colored_by_the_bits_of_their_weights():
+    layers = [LAYERS[0] | {"exported": bits, "name": bits} for bits in ("w4a4", "w8a8", "w4a8")]
+    page = report_html(MANIFEST | {"layers": layers})
+    colors = re.findall(r'<rect[^>]*fill="var\(--c(\d)\)"><title>w', page)
+    assert colors == ["1", "0", "1"]
+    assert re.findall(r"</i>(\d-bit weights)</span>", page) == ["4-bit weights", "8-bit weights"]
+
+
+def test_the_verdict_is_on_top():
+    page = report_html(MANIFEST | {"status": "failed"})
+    assert '<p class="verdict failed">failed: min-speedup</p>' in page
 
 
 def test_passed_and_failed_gates_are_marked():

@@ -16,14 +16,14 @@ def test_bars_are_as_long_as_their_values():
     found = widths(bar_chart("t", [Bar("a", 2.0, "2"), Bar("b", 1.0, "1"), Bar("c", 0.0, "0")]))
     assert found[1] / found[0] == pytest.approx(0.5, abs=1e-3)
     assert found[2] == 1.0  # a line, so that it is seen
-    assert found[0] < 640
+    assert found[0] < 480
 
 
 def test_an_outlier_does_not_make_the_bars_short():
     plain = widths(bar_chart("t", [Bar("a", 2.0, "2")]))
     disturbed = bar_chart("t", [Bar("a", 2.0, "2", whisker=900.0)])
     assert widths(disturbed)[0] == pytest.approx(plain[0] / 1.4, rel=1e-3)
-    assert max(float(x) for x in re.findall(r"H([\d.]+)M", disturbed)) <= 640
+    assert max(float(x) for x in re.findall(r"H([\d.]+)M", disturbed)) <= 480
 
 
 def test_lines_go_through_their_points():
