@@ -31,7 +31,8 @@ def device(tmp_path_factory):
     """Run `dfqc` as on a device; processes that it starts are on the device too."""
     folder = tmp_path_factory.mktemp("device")
     (folder / "sitecustomize.py").write_text(BLOCKER)
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
     def run(*arguments):
         return subprocess.run(
@@ -101,6 +102,18 @@ def test_bench(device, folder):
     result = dfqc(device, "bench", folder, "--runs", "5", "--threads", "1")
     assert [row["name"] for row in result["engines"]] == ["float", "net"]
     assert all(row["latency_ms"]["median_ms"] > 0 for row in result["engines"])
+
+
+def test_bench_over_batches_with_table_and_page(device, folder, tmp_path):
+    files = (tmp_path / "b.csv", tmp_path / "b.html")
+    words = ("--batch", "1,2", "--runs", "5", "--threads", "1")
+    result = dfqc(device, "bench", folder, *words, "--csv", files[0], "--html", files[1])
+    assert [setting["batch"] for setting in result["settings"]] == [1, 2]
+    assert all(file.stat().st_size > 0 for file in files)
+
+
+def test_diff(device, folder):
+    assert dfqc(device, "diff", folder, folder)["layers"]["changed"] == []
 
 
 def test_eval(device, folder, tmp_path):
