@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,22 +9,17 @@ from typing import Any
 
 import onnx
 
-from dfqc.compiler.artifact import hash_file
 from dfqc.compiler.baking import BAKED, INPUT, bake_preprocessing, compare_baked
+from dfqc.compiler.handover import hand_over
 from dfqc.compiler.job import model_name
-from dfqc.compiler.junit import junit_xml
 from dfqc.compiler.manifest import assemble
-from dfqc.compiler.model_card import model_card
 from dfqc.compiler.package import FLOAT_MODEL, GOLDEN, MODEL, to_json, write_package
 from dfqc.compiler.pipeline import Build
-from dfqc.compiler.provenance import make_statement
 from dfqc.compiler.report import layers_csv, report_html
-from dfqc.compiler.selftest import SCRIPT, SELFTEST
 from dfqc.compiler.stages import FACTS, image_spec
 from dfqc.compiler.stages_calib import SHEET
 from dfqc.compiler.stages_engine import PARITY
 from dfqc.compiler.storage import INFO
-from dfqc.compiler.triton import triton_repository
 from dfqc.compiler.verify_package import golden_limits, read_golden
 
 
@@ -43,7 +37,10 @@ def write_build(build: Build) -> dict[str, Any]:
         contents = package_contents(build, manifest)
         if baked is not None:
             contents[BAKED] = Path(folder) / BAKED
-        return write_package(build.job.output, manifest, complete(build, manifest, contents))
+        recipe = build.job.recipe
+        name, on_cpu = model_name(recipe), recipe.target != "trt"
+        files = hand_over(manifest, contents, name=name, cpu=on_cpu)
+        return write_package(build.job.output, manifest, files)
 
 
 def bake_build(build: Build, folder: Path) -> dict[str, Any]:
@@ -83,31 +80,6 @@ def package_contents(build: Build, manifest: Mapping[str, Any]) -> dict[str, Pat
     if job.runtime is not None:
         contents["parity.json"] = build.file("verify", PARITY)
     return contents
-
-
-def complete(
-    build: Build, manifest: Mapping[str, Any], contents: Mapping[str, Path | bytes]
-) -> dict[str, Path | bytes]:
-    """Add what whoever takes the package needs: server configuration, self-test, card, proofs."""
-    recipe = build.job.recipe
-    served = _read(contents.get(BAKED, contents[MODEL]))
-    more: dict[str, Path | bytes] = dict(contents)
-    more |= triton_repository(model_name(recipe), served, cpu=recipe.target != "trt")
-    more[SELFTEST] = SCRIPT.encode()
-    more["junit.xml"] = junit_xml(manifest)
-    names = [*more, "MODEL_CARD.md", "provenance.json"]
-    more["MODEL_CARD.md"] = model_card(manifest, names).encode()
-    statement = make_statement(manifest, {name: _digest(what) for name, what in more.items()})
-    more["provenance.json"] = (to_json(statement) + "\n").encode()
-    return more
-
-
-def _read(content: Path | bytes) -> bytes:
-    return content.read_bytes() if isinstance(content, Path) else content
-
-
-def _digest(content: Path | bytes) -> str:
-    return hash_file(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
 
 
 def _quality(build: Build, manifest: Mapping[str, Any]) -> dict[str, Any]:

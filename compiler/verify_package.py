@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 
 from dfqc.compiler import plugins
-from dfqc.compiler.contracts import Runner
+from dfqc.compiler.baking import BAKED, compare_baked
+from dfqc.compiler.contracts import Backend, Runner
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.inspection import output_step
 from dfqc.compiler.package import GOLDEN, MODEL, Package, file_faults, open_package
@@ -137,6 +138,8 @@ def run_verify(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
         parity = check_golden(golden, runner, model, package.manifest)
     finally:
         runner.close()
+    baked = _check_baked(package, golden, backend)
+    failures = [*parity["failures"], *(baked or {}).get("failures", [])]
     kernels = dict(backend.executed(package.engine, golden.layers))
     return {
         "package": str(folder),
@@ -146,7 +149,8 @@ def run_verify(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
         "parity": parity,
         "kernels": kernels,
         "other_kernels": _other_kernels(package, kernels),
-        "failures": parity["failures"],
+        "baked": baked,
+        "failures": failures,
     }
 
 
@@ -159,6 +163,9 @@ def describe_verify(result: Mapping[str, Any]) -> list[str]:
         f"arg-max  equal on {parity['argmax_agreement']:.2f} % of {parity['images']} images",
         "codes    " + _describe_codes(parity["first_divergence"], len(parity["layers"])),
     ]
+    if baked := result["baked"]:
+        text = f"largest difference {baked['max_abs']:.3g}, tolerance {baked['tolerance']:.3g}"
+        lines.append(f"pixels   {BAKED} and {MODEL}: {text}")
     for name, (then, here) in result["other_kernels"].items():
         lines.append(f"note     {name} ran as {then} at build time, here as {here}")
     lines += [
@@ -169,6 +176,16 @@ def describe_verify(result: Mapping[str, Any]) -> list[str]:
     ]
     lines += [f"FAILED   {failure}" for failure in result["failures"]]
     return lines
+
+
+def _check_baked(package: Package, golden: Golden, backend: Backend) -> dict[str, Any] | None:
+    """Compare the model that takes pixels with the other one; None where there is none."""
+    path = package.folder / BAKED
+    if not path.is_file() or package.engine.name != MODEL:
+        return None  # a finished engine is no ONNX model: its runner opens neither
+    found = compare_baked(backend, package.engine, path, golden.inputs, package.image)
+    text = f"{BAKED} and {MODEL} differ by {found['max_abs']:.3g}"
+    return found | {"failures": [] if found["passed"] else [text]}
 
 
 def metadata_faults(model: onnx.ModelProto, manifest: Mapping[str, Any]) -> list[str]:

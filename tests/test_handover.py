@@ -10,11 +10,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from command import QUICK, SIZE, Workspace
 from dfqc.compiler.cli import main
+from dfqc.compiler.handover import hand_over
+from dfqc.compiler.package import write_package
 from dfqc.compiler.selftest import SCRIPT
 from test_without_torch import BLOCKER
 from triton_schema import parse_config
@@ -165,3 +168,34 @@ def test_triton_serves_the_model_of_pixels(package):
     assert list(parsed.input[0].dims) == [*SIZE[1:], SIZE[0]]
     served = config.parent / "1" / "model.onnx"
     assert served.read_bytes() == (package / "model.uint8.onnx").read_bytes()
+
+
+def test_verify_compares_the_model_of_pixels_too(package, capsys):
+    capsys.readouterr()
+    assert main(["verify", str(package), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["baked"]["passed"] is True
+    model = onnx.load(package / "model.uint8.onnx")
+    (mean,) = [t for t in model.graph.initializer if t.name.endswith("preprocessing.mean")]
+    mean.CopyFrom(onnx.numpy_helper.from_array(np.float32([0.9] * 3), mean.name))
+    contents = {p: package / p for p in manifest_of(package)["files"]}
+    contents |= {p: (package / p).read_bytes() for p in contents}
+    contents["model.uint8.onnx"] = model.SerializeToString()
+    manifest = {k: v for k, v in manifest_of(package).items() if k != "files"}
+    write_package(package, manifest, contents)
+    assert main(["verify", str(package)]) == 7
+    assert "model.uint8.onnx and model.onnx differ by" in capsys.readouterr().err
+
+
+def test_a_package_is_finished_again_with_an_engine(package):
+    manifest = {k: v for k, v in manifest_of(package).items() if k != "files"}
+    contents = {p: (package / p).read_bytes() for p in manifest_of(package)["files"]}
+    files = hand_over(manifest, contents, name="net", cpu=False, engine=b"plan", batches=(1, 16))
+    assert [p for p in files if p.startswith("triton/")] == [
+        "triton/net/config.pbtxt",
+        "triton/net/1/model.plan",
+    ]
+    config = parse_config(files["triton/net/config.pbtxt"].decode())
+    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 16)
+    assert config.input[0].name == "input"  # engines are built from model.onnx
+    subjects = {s["name"] for s in json.loads(files["provenance.json"])["subject"]}
+    assert subjects == set(files) - {"provenance.json"}
