@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dfqc.compiler.errors import AccuracyGateError, EnvironmentFault, UsageError
-from dfqc.compiler.output import Json, emit, only_results_on_stdout
+from dfqc.compiler.errors import AccuracyGateError, UsageError
+from dfqc.compiler.output import Json, emit, only_results_on_stdout, write_text
 
 Folders = Annotated[list[Path], typer.Argument(metavar="PACKAGE...", help="One or more packages.")]
 Before = Annotated[Path, typer.Argument(metavar="BEFORE", help="Package, or its manifest.json.")]
@@ -62,7 +62,7 @@ def bench(
         )
     for path, text in ((csv, sweep_csv), (html, sweep_html)):
         if path is not None:
-            _write(path, text(result))
+            write_text(path, text(result))
     emit(result, describe_sweep(result), as_json=json)
 
 
@@ -96,12 +96,3 @@ def _numbers(flag: str, text: str) -> list[int]:
     if not all(word.isdigit() and int(word) > 0 for word in words):
         raise UsageError(f"{flag}: got {text!r}, expected positive numbers such as 1 or 1,8,32")
     return list(dict.fromkeys(map(int, words)))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{path}: cannot be written ({error.strerror or error}); choose another place"
-        ) from error

@@ -1,4 +1,4 @@
-"""The verbs on one finished package: `eval`, `verify` and `inspect`; none needs torch."""
+"""The verbs on one finished package: `eval`, `verify`, `report`, `inspect`; none needs torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dfqc.compiler.errors import ParityGateError
-from dfqc.compiler.output import Json, emit, only_results_on_stdout
+from dfqc.compiler.output import Json, emit, only_results_on_stdout, write_text
 
 Folder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Folder that `dfqc build` wrote.")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads of the engine.")]
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
     app.command("eval", help="Top-1 of a package on labelled images.")(evaluate)
     app.command("verify", help="Is a package whole, and does it compute here what it must?")(verify)
+    app.command("report", help="Write the report of a package or manifest as a page.")(report)
     app.command("inspect", help="What is in a package or an ONNX file.")(inspect)
 
 
@@ -53,6 +54,24 @@ def verify(package: Folder, threads: Threads = None, json: Json = False) -> None
     if result["failures"]:  # the object on stdout names them; a second one would be no JSON
         typer.echo(f"dfqc: {'; '.join(result['failures'])}", err=True)
         raise typer.Exit(ParityGateError.exit_code)
+
+
+def report(
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Or its manifest.json.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Page to write.")
+    ] = Path("report.html"),
+    json: Json = False,
+) -> None:
+    """Write the report of a package again."""
+    from dfqc.compiler.package import read_manifest
+    from dfqc.compiler.report import report_html
+
+    manifest = read_manifest(package)
+    sheet = package / "calib" / "contact_sheet.png"
+    text = report_html(manifest, sheet.read_bytes() if sheet.is_file() else None)
+    write_text(output, text)
+    emit({"report": str(output)}, [f"{output}: open it in a browser"], as_json=json)
 
 
 def inspect(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from dfqc.compiler.errors import EnvironmentFault
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -28,6 +31,16 @@ def emit(result: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> N
         return
     for line in lines:
         typer.echo(line)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that was asked for; `EnvironmentFault` where that cannot be done."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

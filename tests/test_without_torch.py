@@ -112,6 +112,14 @@ def test_bench_over_batches_with_table_and_page(device, folder, tmp_path):
     assert all(file.stat().st_size > 0 for file in files)
 
 
+def test_report(device, folder, tmp_path):
+    page = tmp_path / "page.html"
+    assert dfqc(device, "report", folder, "-o", page) == {"report": str(page)}
+    assert page.read_text().startswith("<!doctype html>")
+    dfqc(device, "report", folder / "manifest.json", "-o", page)
+    dfqc(device, "report", folder, "-o", tmp_path / "missing" / "page.html", code=8)
+
+
 def test_diff(device, folder):
     assert dfqc(device, "diff", folder, folder)["layers"]["changed"] == []
 
