@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 LAYER_COLUMNS = (*("name", "op", "asked", "exported", "executed", "rounding", "reason", "sqnr_db"),)
 
 _TILE = 96  # pixels of the shorter side below which images are enlarged on a contact sheet
+_OFTEN = 4  # layers of which the same is said
 _GOOD_DB = 40.0  # length of a full bar
 
 
@@ -195,26 +197,36 @@ def _calibration(manifest: Mapping[str, Any], sheet: bytes | None) -> str:
 
 
 def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [
-            layer.get("name"),
-            _width(layer),
-            layer.get("op"),
-            layer.get("asked"),
-            layer.get("exported"),
-            layer.get("executed") or "not known",
-            layer.get("rounding") or "",
-            layer.get("reason"),
-            number(layer.get("sqnr_db"), 1),
-            _bar(layer.get("sqnr_db")),
-        ]
-        for layer in layers
-    ]
-    header = ["layer", "channels", "op", "asked", "exported", "executed", "rounding", "why"]
-    header += ["SQNR (dB)", ""]
+    notes = _common_reasons(layers)
+    columns: dict[str, list[object]] = {
+        "layer": [layer.get("name") for layer in layers],
+        "channels": [_width(layer) for layer in layers],
+        "op": [layer.get("op") for layer in layers],
+        "asked": [layer.get("asked") for layer in layers],
+        "exported": [layer.get("exported") for layer in layers],
+        "executed": [layer.get("executed") or "not known" for layer in layers],
+        "rounding": [layer.get("rounding") for layer in layers],
+        "why": [_why(layer.get("reason"), notes) for layer in layers],
+        "SQNR (dB)": [number(layer.get("sqnr_db"), 1) for layer in layers],
+        "": [_bar(layer.get("sqnr_db")) for layer in layers],
+    }
     if not any(layer.get("channels_after") for layer in layers):
-        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
-    return table(header, rows, numeric=(len(header) - 2,))
+        del columns["channels"]
+    if not any(columns["rounding"]):
+        del columns["rounding"]
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    said = [f"Note {index + 1}: {reason}" for index, reason in enumerate(notes)]
+    return table(list(columns), rows, numeric=(len(columns) - 2,)) + bullets(said)
+
+
+def _common_reasons(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what is said of many layers: once below the table is enough."""
+    reasons = Counter(str(layer["reason"]) for layer in layers if layer.get("reason"))
+    return [reason for reason, count in reasons.items() if count >= _OFTEN]
+
+
+def _why(reason: object, notes: Sequence[str]) -> object:
+    return f"note {notes.index(str(reason)) + 1}" if reason in notes else reason
 
 
 def _width(layer: Mapping[str, Any]) -> str:

@@ -136,6 +136,18 @@ def test_layers_are_colored_by_the_bits_of_their_weights():
     assert re.findall(r"</i>(\d-bit weights)</span>", page) == ["4-bit weights", "8-bit weights"]
 
 
+def test_what_is_said_of_many_layers_is_said_once():
+    layers = [LAYERS[0] | {"name": f"l{i}", "rounding": None} for i in range(9)] + [LAYERS[1]]
+    page = read(MANIFEST | {"layers": layers})
+    assert page.count("8-bit kernel, 4-bit grid") == 1
+    assert page.count("note 1") == 9
+    assert "Note 1: 8-bit kernel, 4-bit grid" in page
+    assert LAYERS[1]["reason"] in page
+    assert "closed" in page
+    bare = read(MANIFEST | {"layers": [row | {"rounding": None} for row in layers]})
+    assert "rounding" not in bare
+
+
 def test_the_verdict_is_on_top():
     page = report_html(MANIFEST | {"status": "failed"})
     assert '<p class="verdict failed">failed: min-speedup</p>' in page
