@@ -16,7 +16,10 @@ from PIL import Image
 
 from command import QUICK, SIZE, Workspace
 from dfqc.compiler.cli import main
+from dfqc.compiler.contracts import ImageSpec
+from dfqc.compiler.dataset import open_dataset
 from dfqc.compiler.handover import hand_over
+from dfqc.compiler.model_card import model_card
 from dfqc.compiler.package import write_package
 from dfqc.compiler.selftest import SCRIPT
 from test_without_torch import BLOCKER
@@ -129,14 +132,23 @@ def test_the_card_says_what_the_manifest_says(package):
     assert "None" not in text
 
 
-def test_the_code_on_the_card_runs(package, monkeypatch, capsys):
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+@pytest.mark.parametrize("resize", [None, 17, 24])
+@pytest.mark.parametrize("shape", [(20, 30), (31, 18), (16, 16), (9, 40)])
+def test_the_code_on_the_card_prepares_as_dfqc_does(package, shape, resize, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    (package / "data" / "0").mkdir(parents=True)
     Image.fromarray(pixels).save(package / "image.jpg")
-    (code,) = re.findall(r"```python\n(.*?)```", (package / "MODEL_CARD.md").read_text(), re.S)
+    shutil.copyfile(package / "image.jpg", package / "data" / "0" / "image.jpg")
+    image = manifest_of(package)["image"] | {"resize": resize}
+    card = model_card(manifest_of(package) | {"image": image})
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     monkeypatch.chdir(package)
-    exec(code, {})
-    printed = int(capsys.readouterr().out.strip(" []\n"))
-    assert 0 <= printed < 10
+    namespace = {}
+    exec(code, namespace)
+    spec = ImageSpec(SIZE, tuple(image["mean"]), tuple(image["std"]), resize)
+    ((expected, _),) = open_dataset(package / "data", spec).batches(1)
+    np.testing.assert_array_equal(namespace["images"], expected)
+    assert 0 <= int(capsys.readouterr().out.strip(" []\n")) < 10
 
 
 def test_the_provenance_lists_what_is_there(package):
