@@ -47,7 +47,11 @@ def _summary(manifest: Mapping[str, Any]) -> str:
     status = manifest.get("status")
     gates = manifest.get("gates", [])
     failed = [str(gate["name"]) for gate in gates if not gate.get("passed")]
-    verdict = f"{len(gates) - len(failed)} of {len(gates)} gates passed"
+    verdict = (
+        f"{len(gates) - len(failed)} of {len(gates)} gates passed"
+        if gates
+        else "No gate was set or measured"
+    )
     if failed:
         verdict += f"; **failed: {', '.join(failed)}**"
     if status == "failed":

@@ -97,8 +97,9 @@ def compare_baked(numpy, onnxruntime, inputs, manifest, baked):
     normalized = numpy.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
     plain = run(onnxruntime, HERE / "model.onnx", normalized)
     largest = float(numpy.abs(run(onnxruntime, HERE / baked["file"], pixels) - plain).max())
-    print(f"pixels   {baked['file']} differs by {largest:.3g}, tolerance {baked['tolerance']:.3g}")
-    if not largest <= baked["tolerance"]:
+    tolerance = manifest["golden"]["tolerance"]
+    print(f"pixels   {baked['file']} differs by {largest:.3g}, tolerance {tolerance:.3g}")
+    if not largest <= tolerance:
         stop(7, f"{baked['file']} and model.onnx differ by {largest:.3g}")
 
 
