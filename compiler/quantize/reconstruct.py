@@ -265,6 +265,7 @@ def _ready(
             bias.Options.model_validate({"method": "auto" if supplies.unfolded else "empirical"}),
             device=device,
             held_out=supplies.held_out,
+            memory_bytes=supplies.memory_bytes,
         )
     return states
 
