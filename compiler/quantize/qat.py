@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from dfqc.compiler import plugins
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
 from dfqc.compiler.graph import Graph, node_shapes, on_device
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes import bias
+from dfqc.compiler.quantize import gptq, reconstruct, rtn
 from dfqc.compiler.quantize._choice import blind_distance, distance, judging_parts, split
 from dfqc.compiler.quantize._kd import Losses, Teacher
 from dfqc.compiler.quantize._student import Student, StudentOptions
@@ -46,10 +46,10 @@ class Options(BaseModel):
     )
     iterations: int = Field(1500, ge=1)
     batch_size: int = Field(32, ge=1)
-    lr_weights: float = Field(3e-3, ge=0, description="in steps of the weight's grid")
+    lr_weights: float = Field(1e-3, ge=0, description="in steps of the weight's grid")
     lr_weight_scale: float = Field(1e-3, ge=0, description="relative")
     lr_act_scale: float = Field(1e-3, ge=0, description="relative")
-    lr_bias: float = Field(1e-3, ge=0, description="relative to what the inputs can do")
+    lr_bias: float = Field(3e-3, ge=0, description="relative to what the inputs can do")
     decay: float = Field(1e-4, ge=0, description="weight decay (decoupled) of the weights")
     clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: any")
     warm_up: float = Field(0.02, ge=0, lt=1, description="share of the iterations")
@@ -70,6 +70,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "standard": {"iterations": 4000, "start_effort": "standard"},
     "max": {"iterations": 44_000, "batch_size": 128, "start_effort": "standard"},
 }
+# Imported, not loaded by name: a change of their code must not meet old results of this one.
+_STARTS = {"reconstruct": reconstruct, "gptq": gptq, "rtn": rtn}
 START, BEGIN = "start", "begin"
 _START_SHARE = 0.3  # of the time
 _TRAINING = 6.0  # teacher, and the student with all that rounds, in forward passes
@@ -193,7 +195,7 @@ def _choose(
 
 
 def _start_of(options: Options) -> tuple[Any, Any]:
-    plugin = plugins.load("quantizer", options.start)
+    plugin = _STARTS[options.start]
     return plugin, plugin_options(plugin, options.start, options.start_effort, {})
 
 
