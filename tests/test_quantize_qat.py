@@ -8,14 +8,18 @@ from torch.nn import functional as F
 
 import classifiers
 import models
+import pruning
 import quantized
+from command import build
 from dfqc.compiler import plugins
+from dfqc.compiler.channels import remove
 from dfqc.compiler.contracts import Pruned, QuantizerSupplies
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import _trainer, qat
 from dfqc.compiler.quantize._choice import blind_distance, distance
 from dfqc.compiler.quantize._kd import Losses, Teacher, feature_loss
+from dfqc.compiler.quantize._student import Student, StudentOptions
 from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.quantize.qat import Options, quantize
 from dfqc.compiler.simulate import simulated
@@ -208,18 +212,17 @@ def test_equal_seeds_give_equal_results_and_others_do_not():
     assert not same(first, run(iterations=20, seed=1))
 
 
-@pytest.mark.parametrize("parts", [1, 4, 9])
+@pytest.mark.parametrize("parts", [1, 9])
 def test_a_killed_run_goes_on_behind_its_last_part(tmp_path, parts):
-    whole = run(iterations=33)
+    whole = run(iterations=23)
     store = Store(tmp_path, fail_after=parts)
     with pytest.raises(KeyboardInterrupt):
-        run(iterations=33, supplies=store.supplies())
+        run(iterations=23, supplies=store.supplies())
     store.fail_after = None
-    resumed = run(iterations=33, supplies=store.supplies())
+    resumed = run(iterations=23, supplies=store.supplies())
     assert store.made == 10
     assert same(whole, resumed)
     assert whole.info == resumed.info
-    assert same(whole, run(iterations=33, supplies=store.supplies()))  # all of it found
 
 
 def test_little_time_shortens_the_work_and_says_so():
@@ -246,14 +249,20 @@ def test_the_loss_is_kl_at_a_temperature_and_normalized_errors():
 
 
 def test_a_teacher_of_a_pruned_network_is_what_it_was():
-    graph = folded("residual")
-    targets = make_targets(graph, Pruned(classifiers.trained("residual"), {}), CPU)
-    teacher = Teacher(graph, targets)
+    graph = classifiers.trained("residual")
+    keep = pruning.draw(graph, 0.3)
+    pruned = fold(remove(graph, keep))
+    targets = make_targets(pruned, Pruned(graph, keep), CPU)
+    teacher = Teacher(pruned, targets)
     logits, found = teacher(HELD_OUT)
     torch.testing.assert_close(logits, graph.module(HELD_OUT), rtol=1e-4, atol=1e-4)
-    assert len(found) == len(teacher.exits)
-    result = next(n for n in graph.module.graph.nodes if n.op == "output").args[0]
+    result = next(n for n in pruned.module.graph.nodes if n.op == "output").args[0]
     assert result.name not in teacher.exits  # the KL speaks of the output
+    assert targets.picks.keys() & set(teacher.exits)
+    state = quantized.quantize(pruned, quantized.plan(pruned, "w4a4"))
+    student = Student(pruned, state, StudentOptions(), device=CPU, exits=teacher.exits)
+    with torch.no_grad():
+        assert [v.shape for v in student.features(HELD_OUT)[1]] == [v.shape for v in found]
 
 
 def test_moved_images_are_mirrored_and_rolled():
@@ -300,3 +309,15 @@ def test_max_is_as_published_and_more_costs_more():
     small, large = (qat.count_bytes(Options(batch_size=n), folded("residual"), 64)
                     for n in (4, 32))  # fmt: skip
     assert 0 < small < large
+
+
+def test_a_build_ships_what_was_trained_and_the_engine_computes_it(shared, capsys):
+    few = ("--quantizer", "qat", "--bits", "w4a4", "--quantizer-option", "start=rtn")
+    few += ("--quantizer-option", "iterations=10", "--quantizer-option", "batch_size=4")
+    manifest = build(capsys, shared, *few)
+    about = manifest["quantization"]
+    assert about["quantizer"] == "qat"
+    assert about["kept"] in about["heldout_distance"]
+    assert about["last"]["done"] == 10
+    assert about["collapsed"] == ""
+    assert manifest["parity"]["argmax_agreement"] >= 99
