@@ -114,6 +114,15 @@ def test_training_comes_nearer_to_the_float_network(steps, share, monkeypatch):
         assert all(len(set(w.scale.tolist())) == 1 for w in state.weights.values())
 
 
+def test_the_last_state_can_be_had_whatever_it_is_worth():
+    given = {"lr_weights": 5e-3, "lr_bias": 0.0, "iterations": 3}  # too short: the start is better
+    best, last = run(**given), run(**given, keep_best=False)
+    assert (best.info["kept"], last.info["kept"]) == ("start", "trained")
+    assert not same(best, last)
+    assert last.info["heldout_distance"] == best.info["heldout_distance"]
+    assert last.info["learned_biases"]
+
+
 def test_the_last_state_is_reported_beside_the_kept_one():
     info = run(iterations=40).info
     assert info["iterations"] == 40

@@ -61,6 +61,9 @@ class Options(BaseModel):
     weight_steps: Literal["channel", "tensor"] = Field(
         "channel", description="one learned step per channel, or a single one per weight"
     )
+    keep_best: bool = Field(
+        True, description="ship the best of start, last state and those on the way; else the last"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the student's layers; auto: bfloat16 on CUDA devices that have it"
     )
@@ -73,7 +76,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 # Imported, not loaded by name: a change of their code must not meet old results of this one.
 _STARTS = {"reconstruct": reconstruct, "gptq": gptq, "rtn": rtn}
-START, BEGIN = "start", "begin"
+START, BEGIN, TRAINED = "start", "begin", "trained"
 _START_SHARE = 0.3  # of the time
 _TRAINING = 6.0  # teacher, and the student with all that rounds, in forward passes
 _JUDGING = 2.0 * 12 / 4  # both networks, once per part, every fourth image
@@ -167,12 +170,14 @@ def _choose(
 ) -> QuantState:
     """Return the nearest of start, last and best state, and say what all of them are."""
     states, scores = {START: start}, {START: distance_of_start}
-    for name, part in (("trained", trainer.last), ("best", trainer.best)):
+    for name, part in ((TRAINED, trainer.last), ("best", trainer.best)):
         if part is None or part.fault or part.distance in scores.values():
             continue
         trainer.student.restore(student_tensors(part))
         states[name], scores[name] = trainer.student.state(), part.distance
     kept = min(scores, key=lambda name: scores[name])
+    if not options.keep_best and TRAINED in states:
+        kept = TRAINED
     log.info("kept %s of %s", kept, scores)
     last = trainer.last
     info: dict[str, Any] = {
