@@ -96,7 +96,7 @@ def _describe(result: Mapping[str, Any]) -> list[str]:
         f"teacher    {sizes[0]}",
         f"student    {sizes[1]}",
         f"training   {done}; {len(result['taken_over'])} blocks from the teacher",
-        f"agreement  {agreement['held_out']:.2f} % of {agreement['images']} held-out synthetic images",
+        f"agreement  {agreement['held_out']:.2f} % of {agreement['images']} held-out images",
     ]
     if top1 := result["top1"]:
         lines.append(

@@ -87,7 +87,7 @@ class Trainer:
     """Trains `student` in place to answer as `teacher` does; both on `device`.
 
     `held_out` are images (n, c, h, w) that nothing is trained on; `health(images)` returns what is
-    wrong with the images of a source, or an empty text.
+    wrong with the images of a source, or an empty text; it is asked after `patience` steps.
     """
 
     def __init__(
@@ -102,10 +102,11 @@ class Trainer:
         held_out: Tensor,
         device: torch.device,
         health: Callable[[Tensor], str] = lambda images: "",
+        patience: int = 0,
     ) -> None:
         hints = hints if options.hint else ()
         self.options, self.rng, self.device = options, rng, device
-        self.source, self.health = source, health
+        self.source, self.health, self.patience = source, health, patience
         self.teacher = _laid_out(with_outputs(teacher, tuple(h.teacher for h in hints)), device)
         self.student = _laid_out(with_outputs(student, tuple(h.student for h in hints)), device)
         self.held_out = held_out.to(device)
@@ -144,12 +145,14 @@ class Trainer:
             if stopped or taken >= math.ceil(total / self.options.points):
                 break
         self.student.eval()
+        if not stopped and state.done + taken >= self.patience:
+            stopped = self.health(self.shown)
         after = TrainState(
             state.done + taken,
             state.done + max(steps.total, taken),
             dict(state.tensors),
             list(state.curve),
-            stopped or self.health(self.shown),
+            stopped,
             state.shortened or steps.shortened,
         )
         elapsed = state.curve[-1]["seconds"] + time.monotonic() - started
@@ -197,7 +200,7 @@ class Trainer:
         """Put what is now into the state; what broke down is answered with the best so far."""
         best = [point["agreement"] for point in state.curve]
         if state.stopped:
-            state.tensors |= {f"student/{k}": v for k, v in state.part("best").items()}
+            state.tensors |= {f"student/{k}": v.clone() for k, v in state.part("best").items()}
             return state
         tensors = {f"student/{k}": v for k, v in self.student.state_dict().items()}
         if best[-1] >= max(best):

@@ -33,6 +33,7 @@ log = logging.getLogger("dfqc.distill")
 STUDENT, TENSORS, METRICS = "student.json", "state.safetensors", "metrics.json"
 _SHARE = 0.95  # of the time left that the training may take; the rest is for judging and writing
 _TWINS = 0.5  # share of images like another one from which on a generator has collapsed
+_PATIENCE = 100  # steps that a generator is given to show more than one class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +237,7 @@ def _open_trainer(context: Context) -> Trainer:
         held_out=context.value("holdout").images,
         device=device,
         health=functools.partial(_find_collapse, teacher) if job.generates else lambda images: "",
+        patience=_PATIENCE,
     )
 
 
