@@ -29,14 +29,14 @@ class DistillOptions(BaseModel):
 
     steps: int = Field(2000, ge=1)
     batch_size: int = Field(128, ge=2)
-    lr: float = Field(0.05, gt=0)
+    lr: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["cosine", "steps"] = "cosine"
-    warm_up: float = Field(0.02, ge=0, lt=1)
+    warm_up: float = Field(0.05, ge=0, lt=1)
     temperature: float = Field(4.0, gt=0)
     output: float = Field(1.0, ge=0)
-    hint: float = Field(1.0, ge=0)
+    hint: float = Field(20.0, ge=0)
     init: Literal["teacher", "random"] = "teacher"
     crop: float = Field(0.125, ge=0, le=0.5)
     flip: bool = True
