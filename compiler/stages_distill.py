@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dfqc.distill")
 
 STUDENT, TENSORS, METRICS = "student.json", "state.safetensors", "metrics.json"
-_SHARE = 0.95  # of the time left that the training may take; the rest is for judging and writing
+_SHARE = 0.9  # of the time left that the training may take; the rest is for judging and writing
 _TWINS = 0.5  # share of images like another one from which on a generator has collapsed
 _PATIENCE = 100  # steps that a generator is given to show more than one class
 

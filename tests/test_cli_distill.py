@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import models
-from command import ARCHITECTURES, Workspace, build, labelled_by_float, run
+from command import ARCHITECTURES, Workspace, labelled_by_float, run
 from dfqc.compiler.loading import load_model
 
 STUDENT = f"{ARCHITECTURES}:{models.TINY['residual'].__name__}"
@@ -55,11 +55,6 @@ def test_a_student_is_trained_told_of_and_built(shared, capsys):
         rows = list(csv.DictReader(file))
     assert [int(r["step"]) for r in rows] == [p["step"] for p in made["curve"]] == [0, 2, 4, 6]
 
-    manifest = build(
-        capsys, shared, "--eval-data", data, "--threads", "1",
-        net="residual", output="teacher-package",
-    )  # fmt: skip
-    assert manifest["metrics"]["top1"]["float"] == 100
     done = run(
         capsys, shared, "build", made["file"], "--samples", "8", "--effort", "quick",
         "--eval-data", data, "--threads", "1", "-o", shared.root / "built", "--json",
@@ -173,7 +168,7 @@ def segments(workspace):
 
 def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path):
     digests = []
-    slow = ("--distill-option", "steps=60", "--distill-option", "points=30", "--json")
+    slow = ("--distill-option", "steps=30", "--distill-option", "points=30", "--json")
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
         workspace = Workspace(tmp_path / name)
