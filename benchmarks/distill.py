@@ -112,9 +112,13 @@ def measure(
             s["cached"] for s in made["stages"] if s["name"] in ("synthesize", "holdout")
         ),
         **{k: made[k] for k in ("top1", "agreement", "curve", "options", "images", "stopped")},
-        "student": made["student"],
-        "teacher": made["teacher"],
+        **{kind: without_place(made[kind]) for kind in ("teacher", "student")},
     }
+
+
+def without_place(network: dict[str, Any]) -> dict[str, Any]:
+    """Return what is said of a network without where it lies here."""
+    return {name: value for name, value in network.items() if name != "source"}
 
 
 def architecture(net: Net) -> str:
@@ -134,7 +138,11 @@ def write_recipe(net: Net, folder: Path) -> str:
 def report(rows: list[dict[str, Any]]) -> str:
     """Return the table with the command that made it."""
     first = rows[0]
-    words = [w if "/" not in w or w.startswith("benchmarks/") else "…" for w in sys.argv[1:]]
+    words = list(sys.argv[1:])
+    if "--cache-dir" in words:  # a place of this machine
+        place = words.index("--cache-dir")
+        del words[place : place + 2]
+    words = [f'"{word}"' if " " in word else word for word in words]
     nets = " and ".join(
         f"{kind} {first[kind]['params']:,} parameters, {first[kind]['macs'] / 1e6:.1f} M "
         "multiply-adds"
