@@ -62,7 +62,7 @@ FLAGS = (
     Flag("effort", str, "quick, standard or max: time for images and rounding", "NAME", _CALIB),
     Flag("synth", str, "synthesizer of the images (dfqc list)", "NAME", _CALIB, ("--method",)),
     Flag("synth_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _CALIB),
-    Flag("zoo", str, "more models of the same classes, for mixmix", "MODEL,MODEL", _CALIB),
+    Flag("zoo", str, "more models of the same classes, for mixmix, dafl", "MODEL,MODEL", _CALIB),
     Flag("calib_data", str, "images instead: .npz, .safetensors, folder", "PATH", _CALIB),
     Flag("samples", int, "number of calibration images", "N", _CALIB),
     Flag("equalize", str, "none, cle (exact) or dfq (ReLU6 to ReLU, biases)", "NAME", _QUANT),
