@@ -178,3 +178,19 @@ def test_max_is_the_published_schedule(method):
     rates = [_rate(options, done / 2000) for done in (0, 799, 800, 1599, 1600, 1999)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert math.isclose(_rate(DistillOptions(), 1.0), 0.0, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["attention", "linear_norm", "transposed", "no_norm"])
+def test_students_of_any_kind_are_trained_whole(name):
+    rng = torch.Generator().manual_seed(0)
+    teacher, student = trained("residual"), models.trace_tiny(name)
+    before = {k: v.clone() for k, v in student.module.named_parameters()}
+    one = Trainer(
+        teacher, student, find_hints(teacher, student), Pool(models.images(20), rng),
+        DistillOptions(**SMALL), rng=rng, held_out=models.images(16), device=CPU,
+    )  # fmt: skip
+    after = finish(one).part("student")
+    assert before.keys() <= after.keys() == student.module.state_dict().keys()
+    # A bias that every class shares, or that a batch norm takes away, need not move.
+    moved = [name for name, value in before.items() if not torch.equal(after[name], value)]
+    assert len(moved) >= 0.8 * len(before)
