@@ -166,7 +166,7 @@ def segments(workspace):
             "distill.part"]  # fmt: skip
 
 
-def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, capsys):
     digests = []
     slow = ("--distill-option", "steps=30", "--distill-option", "points=30", "--json")
     for name in ("killed", "whole"):
@@ -184,7 +184,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path):
             process.send_signal(signal.SIGKILL)
             process.communicate()
             assert 3 <= len(segments(workspace)) < 31
-        done = workspace.dfqc(*words)
+        done = run(capsys, workspace, *words)
         assert done.code == 0, done.err
         digests.append(done.json["sha256"])
         assert len(segments(workspace)) == 31
