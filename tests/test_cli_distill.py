@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -168,6 +169,7 @@ def segments(workspace):
 
 def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, capsys):
     digests = []
+    torch.set_num_threads(1)  # as the killed process
     slow = ("--distill-option", "steps=30", "--distill-option", "points=30", "--json")
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
@@ -175,8 +177,9 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, capsys):
         words = arguments(workspace, *slow, "-o", workspace.root / "student.pt2")
         if name == "killed":
             process = subprocess.Popen(
-                workspace.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+                workspace.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
             deadline = time.monotonic() + 120
             while len(segments(workspace)) < 3 and process.poll() is None:
                 assert time.monotonic() < deadline
