@@ -50,7 +50,7 @@ class Generator(nn.Module):
         self.norm2 = nn.BatchNorm2d(inner, track_running_stats=False)
         self.norm3 = nn.BatchNorm2d(colors, affine=False, track_running_stats=False)
         for layer in (self.linear, self.conv1, self.conv2):
-            _initialize(layer, rng)
+            initialize(layer, rng)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return z."""
@@ -102,7 +102,7 @@ def _cut(x: Tensor, size: list[int]) -> Tensor:
     return x
 
 
-def _initialize(layer: nn.Linear | nn.Conv2d, rng: torch.Generator) -> None:
+def initialize(layer: nn.Linear | nn.Conv2d, rng: torch.Generator) -> None:
     """Draw weights and biases uniformly within the root of 1 / inputs, as torch does."""
     bound = 1 / math.sqrt(layer.weight[0].numel())
     for values in (layer.weight, layer.bias):
