@@ -3,8 +3,8 @@
 Xu et al. 2020, whose code AdaSG and AdaDFQ keep: linear - norm - x2 - conv - norm - leaky ReLU - x2
 - conv - norm - leaky ReLU - conv - tanh - norm. For small images the latent is multiplied by an
 embedding of the class and norms have one scale and shift per channel; for large ones, norms have
-them per channel and class. Every norm reads its own batch. The convolutions' norms have 0.8 added to
-the variance, as released: a decay, in the code's origin, that became the epsilon.
+them per channel and class. Every norm reads its own batch. The norms behind convolutions add 0.8 to
+the variance, as released: what was meant as a decay became the epsilon.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EPS, _CONV_EPS = 1e-5, 0.8
 
 
 class ConditionalGenerator(nn.Module):
-    """Turns latents (n, `LATENT`) and labels (n,) into z (n, c, h, w); a batch is normalized together.
+    """Turns latents (n, `LATENT`) and labels (n,) into z (n, c, h, w), normalized as one batch.
 
     Sizes that are no multiple of 4 are cut out of the next larger one, in the middle. Initial
     weights are those that torch's layers start with, drawn from `rng`.
@@ -93,7 +93,9 @@ class _Norm(nn.Module):
                 x, None, None, self.scale[0], self.shift[0], training=True, eps=self.eps
             )
         x = F.batch_norm(x, None, None, training=True, eps=self.eps)
-        return torch.addcmul(self.shift[kinds][..., None, None], x, self.scale[kinds][..., None, None])
+        return torch.addcmul(
+            self.shift[kinds][..., None, None], x, self.scale[kinds][..., None, None]
+        )
 
 
 def form_of(size: tuple[int, int, int]) -> Form:

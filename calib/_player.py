@@ -1,4 +1,4 @@
-"""AdaDFQ's generator as a player: a teacher and options in, images that a student can learn from out.
+"""AdaDFQ's generator as a player: a teacher and a student in, images to learn from out.
 
 It descends L_G = L_bound + beta (alpha_ds L_ds + alpha_as L_as) + gamma L_BNS (Qian et al. 2023),
 through teacher and student; the parts of the sum are in `_adaptability`.
@@ -19,7 +19,7 @@ from dfqc.calib._bns import BNTeacher, Moments
 from dfqc.calib._conditional import LATENT, ConditionalGenerator
 from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
 from dfqc.compiler.errors import UnsupportedError
-from dfqc.compiler.graph import Graph, copy_graph, node_shapes
+from dfqc.compiler.graph import Graph, batch_norms, copy_graph, node_shapes
 from dfqc.compiler.opponent import Move
 from dfqc.compiler.quantize._game import pack_optimizer, unpack_optimizer
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
@@ -55,9 +55,7 @@ class Player:
         self.rng, self.device = rng, device
         self.teacher = _Teacher(graph, device, options.precision)
         self.pixels = pixel_map(graph.image, device)
-        made = ConditionalGenerator(
-            graph.image.size, self.classes, rng, channels=options.channels
-        )
+        made = ConditionalGenerator(graph.image.size, self.classes, rng, channels=options.channels)
         self.generator = made.to(device)
         self.optimizer = Adam(self.generator.parameters(), lr=options.lr_generator, betas=_BETAS)
 
@@ -156,13 +154,12 @@ class _Teacher:
     def __init__(self, graph: Graph, device: torch.device, precision: str) -> None:
         self.plain: torch.nn.Module | None = None
         self.stored: list[Moments] = []
-        try:
+        if any(norm.module.running_mean is not None for norm in batch_norms(graph)):
             self.taps = BNTeacher(graph, device, logits=True, precision=precision)
-        except UnsupportedError:
+            self.stored = self.taps.stored
+        else:
             log.warning("adadfq: the model has no batch norms: images match labels alone")
             self.plain = copy_graph(graph).module.to(device).requires_grad_(False)
-        else:
-            self.stored = self.taps.stored
 
     def __call__(self, images: Tensor) -> tuple[list[Moments], Tensor]:
         """Return the moments of the batch norms' inputs and the logits."""

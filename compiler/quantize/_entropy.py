@@ -1,4 +1,4 @@
-"""Entropy of softmax distributions: logits (n, classes) in, nats out; a student's loss in a game."""
+"""Entropy of softmax distributions: logits (n, classes) in, nats out; a loss of students."""
 
 from __future__ import annotations
 

@@ -171,7 +171,8 @@ class Game:
                 group["lr"] = rate * factor
             # The graph of the images goes on into the generator: only the student's part is walked.
             learned = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for parameter, slope in zip(learned, torch.autograd.grad(loss, learned), strict=True):
+            slopes = torch.autograd.grad(loss, learned, allow_unused=True)
+            for parameter, slope in zip(learned, slopes, strict=True):
                 parameter.grad = slope
             self.optimizer.step()
             self.student.hold()
@@ -181,11 +182,7 @@ class Game:
         """Return the student's logits in float32."""
         precision = getattr(torch, self.options.precision)
         enabled = precision != torch.float32
-        with (
-            torch.autocast(self.device.type, precision)
-            if enabled
-            else contextlib.nullcontext()
-        ):
+        with torch.autocast(self.device.type, precision) if enabled else contextlib.nullcontext():
             logits: Tensor = self.student(images)
         return logits.float()
 

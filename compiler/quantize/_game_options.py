@@ -15,6 +15,8 @@ Method = Literal["adadfq", "adasg"]
 LARGE_IMAGE = 64  # pixels of the shorter side from which on an image is large
 
 PUBLISHED_ITERATIONS = 400 * 200
+# Of a shorter game, 1 % are too few for a generator to learn anything, and for ranges to follow it.
+_LEAST_WARM_UP, _MOST_WARM_UP = 200, 0.25
 
 
 class GameOptions(BaseModel):
@@ -28,9 +30,12 @@ class GameOptions(BaseModel):
     the batch norms' loss. For ResNet-50 and at 4 and 5 bits the authors took other values (0.1 to
     0.3 for `alpha_ds`, 0.1 to 0.4 for `lambda_l`).
     `temperature`: of the student's loss.
-    `lr_student`, `lr_generator`: of SGD with Nesterov's momentum, and of Adam.
+    `lr_student`, `lr_generator`: of SGD with Nesterov's momentum, and of Adam. From a reconstructed
+    start the student, too, learns by Adam: weights, in steps of their grids, at `lr_latent`; steps
+    and biases, relative to what they begin with, at `lr_steps`.
     `warm_up`: share of the iterations in which only the generator learns; `observe`: in which the
-    ranges of activations follow its images (without a reconstructed start).
+    ranges of activations follow its images (without a reconstructed start). Those published are for
+    80,000 iterations: of fewer, both are 200 iterations at least, or a quarter of all.
     `milestones`: shares of the iterations after which both rates are multiplied by `decay`.
     `channels`: of the generator, behind its first layer.
     `clip_inside`: show both networks the pixels that an image can have, as the engine's input grid
@@ -52,6 +57,8 @@ class GameOptions(BaseModel):
     temperature: float | None = Field(None, gt=0)
     lr_student: float | None = Field(None, ge=0)
     lr_generator: float = Field(1e-3, gt=0)
+    lr_latent: float = Field(1e-3, ge=0)
+    lr_steps: float = Field(1e-3, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     warm_up: float | None = Field(None, ge=0, lt=1)
@@ -92,13 +99,18 @@ SMALL = Settings(
 LARGE = dataclasses.replace(
     SMALL, temperature=5, lr_student=1e-5, warm_up=50 / 400, milestones=(350 / 400,)
 )
-ADASG = {"alpha_ds": 0.1, "lambda_l": 0.3}
 
 
 def resolve(options: GameOptions, size: tuple[int, int, int]) -> Settings:
     """Return what holds for images of `size`: the user's choice, else what was published."""
     published = LARGE if min(size[1:]) >= LARGE_IMAGE else SMALL
     if options.method == "adasg":
-        published = dataclasses.replace(published, **ADASG)
+        published = dataclasses.replace(published, alpha_ds=0.1, lambda_l=0.3)
+    least = min(_MOST_WARM_UP, _LEAST_WARM_UP / options.iterations)
+    published = dataclasses.replace(
+        published,
+        warm_up=max(published.warm_up, least),
+        observe=max(published.observe, least),
+    )
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
     return dataclasses.replace(published, **{k: v for k, v in given.items() if v is not None})
