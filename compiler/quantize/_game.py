@@ -33,20 +33,24 @@ from dfqc.compiler.steps import Losses, Steps
 log = logging.getLogger(__name__)
 
 DRAWN = 64  # images that are looked at after each part
-# Where a generator counts as collapsed. Measured on CIFAR's ResNet-20; see `find_collapse`.
-TWINS_LIMIT, EVENNESS_LIMIT = 0.5, 0.5
+# Where a generator counts as collapsed: share of twins; evenness of the classes after it was good.
+TWINS_LIMIT, EVENNESS_LIMIT, EVENNESS_GOOD = 0.5, 0.5, 0.7
 _TENSORS, _NOTES = "game.safetensors", "game.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a game left: `tensors` continue it, `collapse` says why it must not go on."""
+    """What a part of a game left: `tensors` continue it, `collapse` says why it must not go on.
+
+    `evenness` is that of the classes the teacher sees in what the generator draws.
+    """
 
     tensors: Mapping[str, Tensor]
     iterations: int
     shortened: bool
     loss: float  # of the generator, last
     student_loss: float
+    evenness: float = 0.0
     collapse: str = ""
 
     def notes(self) -> dict[str, Any]:
@@ -88,6 +92,7 @@ class Game:
         self.options, self.settings, self.optimizer = options, settings, optimizer
         self.seed, self.device = seed, device
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.evenness = 0.0  # the best so far
 
     def play(
         self,
@@ -129,6 +134,7 @@ class Game:
             if not made:
                 self.restore(part.tensors)
             done += part.iterations
+            self.evenness = max(self.evenness, part.evenness)
             yield part
             if part.collapse:
                 log.warning("adadfq: %s: the game ends after %d iterations", part.collapse, done)
@@ -154,10 +160,12 @@ class Game:
         own.read()
         last = losses.values[-1], own.values[-1]
         finite = all(map(math.isfinite, losses.values + own.values))
-        collapse = self.find_collapse(number) if finite else "a loss is not a number"
+        evenness, collapse = 0.0, "a loss is not a number"
+        if finite:
+            evenness, collapse = self.look_at_images(number)
         if finite and not learning:
             collapse = ""  # a generator in its warm-up is not yet what it will be
-        return Part(self.snapshot(), max(1, steps.done), steps.shortened, *last, collapse)
+        return Part(self.snapshot(), max(1, steps.done), steps.shortened, *last, evenness, collapse)
 
     def _iterate(self, fraction: float, learning: bool) -> tuple[Tensor, Tensor]:
         """Let the generator make a step, and the student if it is `learning`; return the losses."""
@@ -186,11 +194,11 @@ class Game:
             logits: Tensor = self.student(images)
         return logits.float()
 
-    def find_collapse(self, number: int) -> str:
-        """Say why what the generator draws is no set of images; empty if it is one.
+    def look_at_images(self, number: int) -> tuple[float, str]:
+        """Return the evenness of the classes in what the generator draws, and why it collapsed.
 
-        Half of the images nearly equal to another one, or half of the classes gone. The generator
-        of a CIFAR ResNet-20 draws no twins and has an evenness of 0.9 and more after warm-up.
+        Half of the images nearly equal to another one, or classes gone that it had. One that never
+        had them has learned too little yet, which is no reason to stop.
         """
         labels = torch.arange(DRAWN) % self.opponent.classes
         rng = torch.Generator(self.device).manual_seed(self.seed + number)
@@ -198,19 +206,20 @@ class Game:
         try:
             found = calib_quality.score(self.teacher, images, labels, device=self.device)
         except UsageError as error:
-            return f"the generator collapsed: {error}"
+            return 0.0, f"the generator collapsed: {error}"
+        seen = found.predictions
+        evenness = 1.0 if seen is None else seen.evenness
         if found.twins.images > TWINS_LIMIT * found.images:
-            return (
+            return evenness, (
                 f"the generator collapsed: {found.twins.images} of {found.images} images nearly "
                 "equal another one"
             )
-        seen = found.predictions
-        if seen is not None and seen.evenness < EVENNESS_LIMIT:
-            return (
+        if seen is not None and evenness < EVENNESS_LIMIT and self.evenness >= EVENNESS_GOOD:
+            return evenness, (
                 f"the generator collapsed: the model sees {seen.hit} of {seen.possible} classes in "
-                f"its images, evenness {seen.evenness:.2f}"
+                f"its images, evenness {evenness:.2f} (it was {self.evenness:.2f})"
             )
-        return ""
+        return evenness, ""
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return all that the rest of the game depends on, on the CPU."""

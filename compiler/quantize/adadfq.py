@@ -25,14 +25,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from dfqc.compiler import plugins
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
@@ -41,9 +39,11 @@ from dfqc.compiler.opponent import MakesOpponents
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import reconstruct, rtn
+from dfqc.compiler.quantize._choice import blind_distance, distance, judging_parts, split
 from dfqc.compiler.quantize._game import Game, Part
 from dfqc.compiler.quantize._game_options import PUBLISHED_ITERATIONS, GameOptions, resolve
 from dfqc.compiler.quantize._game_start import set_up
+from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.spec import Plan
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,6 @@ START = "start"
 _START_SHARE = 0.4  # of the time, for a reconstruction before the game
 # A student's and a teacher's pass each forward and twice back, the generator's beside them.
 _PASSES = 8.0
-_LEAST = 1e-12  # a divergence that is nothing
 
 
 def count_passes(options: Options, samples: int) -> float:
@@ -139,12 +138,18 @@ def quantize(
         *(graph, teacher, state, opponent, options),
         learned=options.start == "reconstruct", seed=seed, device=device,
     )  # fmt: skip
-    judge = _Judge.of(graph, teacher, calib, supplies, device)
-    contest = _Contest(game, judge, state)
+    judges = judging_parts(split(calib.images)[1], supplies) or [calib.images]
+    targets = make_targets(graph, supplies.unpruned, device)
+    contest = _Contest(
+        *(game, lambda found: distance(graph, found, judges, targets, device), state),
+        blind_distance(judges, targets, device),
+    )
     for part in game.play(
         options.parts, seconds=left, progress=progress, checkpoint=supplies.checkpoint
     ):
         contest.add(part)
+        if contest.collapse:
+            break
     return contest.finish(options, resolve(options, graph.image.size).to_json())
 
 
@@ -182,61 +187,44 @@ def _start(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Judge:
-    """Images that nothing is fitted to, in kinds, and the network whose answers are wanted."""
-
-    graph: Graph
-    teacher: Graph
-    kinds: Sequence[Tensor]
-    device: torch.device
-
-    @staticmethod
-    def of(
-        graph: Graph, teacher: Graph, calib: CalibSet, supplies: QuantizerSupplies,
-        device: torch.device,
-    ) -> _Judge:  # fmt: skip
-        """Return the judge: a part of the calibration set, and both kinds of held-out images."""
-        _, own = reconstruct._split(calib.images)
-        held_out = supplies.held_out
-        count = 0 if held_out is None else supplies.fitting or len(held_out)
-        parts = () if held_out is None else (held_out[:count], held_out[count:])
-        kinds = [part for part in (own, *parts) if len(part)] or [calib.images]
-        return _Judge(graph, on_device(teacher, device), kinds, device)
-
-    def distance(self, state: QuantState) -> float:
-        """Return the divergence of the outputs, the geometric mean over the kinds of images."""
-        found = [
-            bias.output_distance(self.graph, state, part, device=self.device, exact=self.teacher)
-            for part in self.kinds
-        ]
-        return float(math.prod(max(one, _LEAST) ** (1 / len(found)) for one in found))
-
-
 class _Contest:
     """The start and what the game's parts left; only the best of them and the last are kept."""
 
-    def __init__(self, game: Game, judge: _Judge, start: QuantState) -> None:
+    def __init__(
+        self, game: Game, judge: Callable[[QuantState], float], start: QuantState, blind: float
+    ) -> None:
         self.game, self.judge, self.start = game, judge, start
         self.best = self.last = start
         self.kept = self.last_name = START
-        self.distances = {START: judge.distance(start)}
+        self.distances = {START: judge(start)}
+        self.hopeless = max(blind, self.distances[START])
+        self.collapse = ""
         self.notes: list[dict[str, Any]] = []
         self.iterations = 0
 
     def add(self, part: Part) -> None:
-        """Judge what a part left; a network that is not finite is no candidate."""
+        """Judge what a part left; a network that is not finite is no candidate.
+
+        One that is farther from the float network than one answer to all images, and than the
+        start, has collapsed.
+        """
         self.notes.append(part.notes())
         self.iterations += part.iterations
+        self.collapse = part.collapse
         # Bounds of a range are no numbers until something is seen.
-        own = [v for n, v in part.tensors.items() if n.startswith("student/") and "/bounds/" not in n]
+        own = [
+            v for n, v in part.tensors.items() if n.startswith("student/") and "/bounds/" not in n
+        ]
         if not all(bool(torch.isfinite(value).all()) for value in own):
             return
         self.last, self.last_name = self.game.student.state(), str(self.iterations)
-        found = self.judge.distance(self.last)
+        found = self.judge(self.last)
         self.distances[self.last_name] = found
         if found < self.distances[self.kept]:
             self.best, self.kept = self.last, self.last_name
+        if found > self.hopeless and not self.collapse:
+            self.collapse = "the student collapsed: its answers tell less than a constant one"
+            log.warning("adadfq: %s: the game ends", self.collapse)
 
     def finish(self, options: Options, settings: dict[str, Any]) -> QuantState:
         """Return the best state, or the last, with notes for the manifest."""
@@ -253,7 +241,7 @@ class _Contest:
             "iterations": self.iterations,
             "shortened": any(note["shortened"] for note in self.notes)
             or bool(self.start.info.get("shortened")),
-            "collapse": next((n["collapse"] for n in self.notes if n["collapse"]), ""),
+            "collapse": self.collapse,
             "game": {"method": options.method, **settings},
             "parts": self.notes,
             "learned_biases": kept != START or bool(self.start.info.get("learned_biases")),

@@ -1,0 +1,439 @@
+"""The quantizer that plays: what the game leaves, how it stops, goes on and is judged."""
+
+import math
+
+import pytest
+import torch
+
+import models
+import quantized
+from classifiers import trained
+from command import build, run
+from dfqc.compiler import calib_quality
+from dfqc.compiler.contracts import QParams, QuantizerSupplies
+from dfqc.compiler.errors import UnsupportedError
+from dfqc.compiler.opponent import Move
+from dfqc.compiler.options import plugin_options
+from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.plan import make_plan
+from dfqc.compiler.quantize import _game, adadfq
+from dfqc.compiler.quantize._game import (
+    Game,
+    load_part,
+    pack_optimizer,
+    save_part,
+    unpack_optimizer,
+)
+from dfqc.compiler.quantize._game_options import GameOptions, resolve
+from dfqc.compiler.quantize._game_start import set_up
+from dfqc.compiler.quantize._latent import LatentGrid
+from dfqc.compiler.simulate import simulated
+from dfqc.compiler.spec import Bits, QScheme
+
+CPU = torch.device("cpu")
+FEW = {"iterations": 12, "parts": 3, "game_batch": 6, "channels": 8, "start_iterations": 4}
+HELD_OUT = models.images(16, seed=9)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def supplies_of(net: str = "residual", **more: object) -> QuantizerSupplies:
+    return QuantizerSupplies(unfolded=trained(net), held_out=HELD_OUT, **more)
+
+
+def play(net="residual", bits="w3a3", *, supplies=None, seed=0, progress=None, **options):
+    graph = fold(trained(net))
+    more = {} if progress is None else {"progress": progress}
+    return adadfq.quantize(
+        graph, quantized.calib(), quantized.plan(graph, bits, ends=None),
+        adadfq.Options(**(FEW | options)), rng=seeded(seed), device=CPU,
+        supplies=supplies or supplies_of(net), **more,
+    )  # fmt: skip
+
+
+def same(first, second):
+    return (
+        first.acts == second.acts
+        and all(torch.equal(w.codes, second.weights[n].codes) for n, w in first.weights.items())
+        and all(torch.equal(w.scale, second.weights[n].scale) for n, w in first.weights.items())
+        and all(torch.equal(b, second.biases[n]) for n, b in first.biases.items())
+    )
+
+
+def divergence(state, images=HELD_OUT, net="residual"):
+    """Mean KL of the softmax to the float network's, in float64."""
+    with torch.no_grad():
+        wanted = trained(net).module(images).double().log_softmax(1)
+        found = simulated(fold(trained(net)), state, integer=False).module(images)
+    return float((wanted.exp() * (wanted - found.double().log_softmax(1))).sum(1).mean())
+
+
+# --- what is learned
+
+
+@pytest.mark.parametrize("start", ["published", "reconstruct"])
+def test_the_game_brings_the_student_nearer_to_the_float_network(start):
+    options = {"iterations": 120, "parts": 4, "game_batch": 16, "channels": 16, "warm_up": 0.2}
+    if start == "published":
+        options |= {"lr_student": 3e-3, "observe": 0.2}
+    state = play(start=start, keep_best=False, **options)
+    distances = state.info["heldout_distance"]
+    assert state.info["last"] == "120"
+    assert list(distances) == ["start", "30", "60", "90", "120"]
+    assert distances["120"] < 0.9 * distances["start"]
+    assert state.info["learned_biases"]
+    assert state.info["collapse"] == ""
+
+
+def test_the_published_student_is_rounded_to_the_extremes_of_its_weights():
+    state = play(bits="w4a4", keep_best=False)
+    for layer in state.plan.layers.values():
+        codes = state.weights[layer.name].codes.flatten(1).int()
+        # min-max, symmetric: each channel reaches the largest code.
+        assert (codes.abs().amax(1) >= layer.weight.quant_max).all()
+
+
+def test_adasg_is_adadfq_with_its_constants():
+    special = play(method="adasg", keep_best=False)
+    assert same(special, play(alpha_ds=0.1, lambda_l=0.3, keep_best=False))
+    assert not same(special, play(keep_best=False))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_any_batch_size_plays(count):
+    state = play(game_batch=count, iterations=4, parts=1, keep_best=False)
+    assert state.info["last"] == "4"
+    assert math.isfinite(divergence(state))
+
+
+def test_without_batch_norms_images_match_labels_alone(caplog):
+    graph = fold(models.trace_tiny("no_norm"))
+    plan = quantized.plan(graph, "w4a4")
+    state = adadfq.quantize(
+        graph, quantized.calib(), plan, adadfq.Options(**FEW), rng=seeded(), device=CPU
+    )
+    assert "no batch norms" in caplog.text
+    assert set(state.weights) == set(plan.layers)
+
+
+def test_a_network_without_classes_is_refused_before_any_work():
+    class Single(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = models.conv_bn(3, 4), models.Head(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stem(x))
+
+    graph = quantized.fold_module(Single())
+    with pytest.raises(UnsupportedError, match="another --quantizer"):
+        adadfq.quantize(
+            graph, quantized.calib(), quantized.plan(graph), adadfq.Options(),
+            rng=seeded(), device=CPU,
+        )  # fmt: skip
+
+
+# --- ranges
+
+
+def test_a_constant_input_is_read_as_itself_at_every_update():
+    """The lineage's correction, applied in place, reads 3904 at the 20th update."""
+    grid = LatentGrid(
+        QParams(0.3, 0), QScheme(4, signed=False, symmetric=False), CPU, kind="ema", relative=False
+    )
+    grid.observe(True)
+    wrong = 0.0
+    for update in range(1, 60):
+        grid(torch.ones(2, 3))
+        wrong = (0.9 * wrong + 0.1) / (1 - 0.9**update)
+        assert grid.bounds.tolist()[1] == 1.0
+        assert float(grid.scale) * 15 == pytest.approx(1.0, rel=1e-6)
+        if update == 20:
+            assert wrong == pytest.approx(3904, rel=1e-3)
+
+
+def test_ranges_follow_the_images_and_then_stay():
+    graph = trained("residual")
+    game = make_game(iterations=10, observe=0.4, warm_up=0.0)
+    grids = [g for g in game.student.narrow_grids() if g.kind == "ema"]
+    assert graph is game.teacher
+    assert grids
+    seen = []
+    for part in game.play(10):
+        assert not part.collapse
+        seen.append([float(grid.scale) for grid in grids])
+    assert all(a != b for a, b in zip(seen[0], seen[3], strict=True))
+    assert seen[3] == seen[9]  # not followed after 4 of 10
+
+
+# --- the same again
+
+
+def test_equal_seeds_give_equal_results_and_others_do_not():
+    assert same(play(keep_best=False), play(keep_best=False))
+    assert not same(play(keep_best=False), play(seed=1, keep_best=False))
+
+
+class Store:
+    """Checkpoints on disk, and a fault after some of them."""
+
+    def __init__(self, folder, fail_after=None):
+        self.folder, self.fail_after, self.made, self.parts = folder, fail_after, 0, {}
+
+    def __call__(self, part, make, save, load):
+        key = repr(sorted(part.items()))
+        if key not in self.parts:
+            if self.made == self.fail_after:
+                raise KeyboardInterrupt
+            self.parts[key] = self.folder / str(len(self.parts))
+            self.parts[key].mkdir()
+            save(make(), self.parts[key])
+            self.made += 1
+        return load(self.parts[key])
+
+
+@pytest.mark.parametrize("start", ["published", "reconstruct"])
+def test_a_killed_game_goes_on_behind_its_last_part(tmp_path, start):
+    whole = play(start=start, keep_best=False)
+    fail = 2 if start == "published" else 5  # behind the blocks of the reconstruction
+    store = Store(tmp_path, fail_after=fail)
+    supplies = supplies_of(checkpoint=store)
+    with pytest.raises(KeyboardInterrupt):
+        play(start=start, supplies=supplies, keep_best=False)
+    store.fail_after = None
+    resumed = play(start=start, supplies=supplies, keep_best=False)
+    assert store.made > fail
+    assert same(whole, resumed)
+    assert whole.info["heldout_distance"] == resumed.info["heldout_distance"]
+    assert whole.info["parts"] == resumed.info["parts"]
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_optimizers_go_on_from_what_was_packed(kind):
+    def make():
+        weight = torch.nn.Parameter(torch.ones(3))
+        return weight, (
+            torch.optim.Adam([weight], lr=0.1)
+            if kind == "adam"
+            else torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=True)
+        )
+
+    def step(weight, optimizer):
+        optimizer.zero_grad()
+        (weight**3).sum().backward()
+        optimizer.step()
+
+    weight, optimizer = make()
+    step(weight, optimizer)
+    packed, kept = pack_optimizer(optimizer), weight.detach().clone()
+    step(weight, optimizer)
+    other, again = make()
+    with torch.no_grad():
+        other.copy_(kept)
+    unpack_optimizer(again, packed)
+    step(other, again)
+    assert torch.equal(weight, other)
+
+
+def test_a_stored_part_is_read_back(tmp_path):
+    part = _game.Part({"a": torch.arange(3)}, 5, True, math.nan, 1.5, 0.75, "why")
+    save_part(part, tmp_path)
+    back = load_part(tmp_path)
+    assert back.notes() == part.notes() == {
+        "iterations": 5, "shortened": True, "loss": None, "student_loss": 1.5, "evenness": 0.75,
+        "collapse": "why",
+    }  # fmt: skip
+    assert torch.equal(back.tensors["a"], part.tensors["a"])
+    assert math.isnan(back.loss)
+
+
+def test_little_time_shortens_the_game_and_its_schedule_and_says_so():
+    state = play(iterations=100_000, supplies=supplies_of(seconds=2.0), keep_best=False)
+    assert state.info["shortened"]
+    assert 3 <= state.info["iterations"] < 5000
+    assert len(state.info["parts"]) == 3  # the whole schedule was gone through
+    assert not play().info["shortened"]
+
+
+def test_progress_ends_at_its_total():
+    seen = []
+    play(progress=lambda *report: seen.append(report))
+    game = [r for r in seen if r[2].startswith("generator")]
+    assert [r[:2] for r in game] == [(n, 12) for n in range(1, 13)]
+
+
+# --- what is kept, and when it stops
+
+
+def test_the_start_is_kept_where_the_game_is_worse(caplog):
+    state = play(lr_student=3.0, warm_up=0.0, iterations=30)
+    assert state.info["kept"] == "start"
+    assert "its start, which is kept" in caplog.text
+    assert divergence(state) == pytest.approx(divergence(play(lr_student=0.0)), rel=1e-6)
+
+
+def test_the_kept_state_is_the_nearest_on_images_that_were_held_out():
+    state = play(iterations=60, lr_student=3e-3, warm_up=0.1)
+    distances = state.info["heldout_distance"]
+    assert distances[state.info["kept"]] == min(distances.values())
+    # Own: every fourth calibration image; none of the game's was shown to it.
+    own = divergence(state, quantized.calib().images[3::4])
+    expected = math.sqrt(own * divergence(state))
+    assert distances[state.info["kept"]] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_ends_the_game(caplog):
+    state = play(lr_student=1e30, warm_up=0.0, iterations=40, parts=4)
+    assert state.info["collapse"]
+    assert "the game ends" in caplog.text
+    assert len(state.info["parts"]) < 4
+    assert state.info["kept"] == "start"
+    assert math.isfinite(divergence(state))
+
+
+class Scripted:
+    """An opponent that draws what a test says."""
+
+    classes = 10
+
+    def __init__(self, images):
+        self.images = images
+
+    def step(self, student, factor):
+        answer = student(self.images)
+        return Move(trained("residual").module(self.images), answer, torch.zeros(()))
+
+    def draw(self, labels, rng):
+        return self.images[torch.arange(len(labels)) % len(self.images)]
+
+    def snapshot(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
+
+def make_game(opponent=None, **options) -> Game:
+    graph = fold(trained("residual"))
+    plan = make_plan(graph, quantized.INPUTS, Bits(4, 4), [], ends=None)
+    state = quantized.quantize(graph, plan)
+    chosen = GameOptions(**({"game_batch": 6, "channels": 8} | options))
+    opponent = opponent or Scripted(varied_images())
+    return set_up(
+        graph, trained("residual"), state, opponent, chosen, learned=False, seed=0, device=CPU
+    )
+
+
+def varied_images() -> torch.Tensor:
+    """Different images in which the net sees about all classes alike often."""
+    candidates = models.images(600, seed=4)
+    with torch.no_grad():
+        seen = trained("residual").module(candidates).argmax(1)
+    rows = [torch.nonzero(seen == c).flatten()[:12] for c in range(10)]
+    images = candidates[torch.cat(rows)][torch.randperm(sum(map(len, rows)), generator=seeded())]
+    found = calib_quality.score(trained("residual"), images[: _game.DRAWN])
+    assert found.predictions.evenness > 0.6
+    return images
+
+
+@pytest.mark.parametrize("kind", ["twins", "one class", "not finite"])
+def test_a_generator_that_collapsed_ends_the_game(kind, caplog):
+    images = varied_images()
+    if kind == "twins":
+        images, expected = images[:20], "44 of 64 images nearly equal"
+    elif kind == "one class":
+        with torch.no_grad():
+            images = images[trained("residual").module(images).argmax(1) == 1]
+        noise = 0.3 * torch.randn(64, *images.shape[1:], generator=seeded(5))
+        images, expected = images[:1] + noise, "classes in its images"
+    else:
+        images[3] = torch.nan
+        expected = "not finite"
+    game = make_game(Scripted(images), iterations=8, warm_up=0.0)
+    game.evenness = 0.8  # so far
+    assert expected in game.look_at_images(0)[1]
+    if kind != "not finite":
+        parts = list(game.play(4))
+        assert len(parts) == 1
+        assert expected in parts[0].collapse
+        assert "the game ends after 2 iterations" in caplog.text
+
+
+def test_a_generator_is_given_its_warm_up():
+    game = make_game(Scripted(varied_images()[:4]), iterations=8, warm_up=0.5)
+    assert [bool(part.collapse) for part in game.play(4)] == [False, False, True]
+
+
+def test_good_images_are_no_collapse_and_never_good_ones_are_none_either():
+    evenness, collapse = make_game().look_at_images(0)
+    assert (evenness > 0.6, collapse) == (True, "")
+    images = models.images(64, seed=4)
+    with torch.no_grad():
+        one = images[trained("residual").module(images).argmax(1) == 1][:1]
+    noisy = one + 0.3 * torch.randn(64, *one.shape[1:], generator=seeded(5))
+    evenness, collapse = make_game(Scripted(noisy)).look_at_images(0)
+    assert (evenness < _game.EVENNESS_LIMIT, collapse) == (True, "")
+
+
+def test_the_student_does_not_learn_in_the_warm_up():
+    game = make_game(iterations=10, warm_up=0.5, lr_student=1e-2)
+    layers = game.student.layers.values()
+    weights = [
+        torch.cat([layer.latent.detach().flatten() for layer in layers]) for _ in game.play(10)
+    ]
+    assert torch.equal(weights[0], weights[4])
+    assert not torch.equal(weights[4], weights[5])
+
+
+def test_rates_fall_at_the_milestones():
+    game = make_game(iterations=8, warm_up=0.0, lr_student=0.01, milestones=(0.25, 0.75))
+    rates = [game.optimizer.param_groups[0]["lr"] for _ in game.play(8)]
+    assert rates == pytest.approx([0.01, 0.01] + [1e-3] * 4 + [1e-4] * 2)
+
+
+# --- estimates, presets, the engine
+
+
+def test_estimates_grow_with_the_game():
+    graph = fold(trained("residual"))
+    small, large = (adadfq.Options(iterations=n) for n in (100, 1000))
+    assert adadfq.count_passes(large, 64) > 5 * adadfq.count_passes(small, 64)
+    start = adadfq.Options(iterations=100, start="reconstruct")
+    assert adadfq.count_passes(start, 64) > adadfq.count_passes(small, 64)
+    assert adadfq.count_bytes(small, graph, 64) > 4 * 100 * 128 * 16
+
+
+def test_max_is_as_published():
+    options = plugin_options(adadfq, "adadfq", "max", {})
+    assert (options.start, options.iterations) == ("published", 80_000)
+    assert resolve(options, (3, 32, 32)).observe == 4 / 400
+
+
+GAME = ("iterations=6", "game_batch=4", "channels=8", "parts=2", "start_iterations=3")
+
+
+@pytest.mark.parametrize("start", ["published", "reconstruct"])
+def test_a_build_plays_and_its_engine_agrees(start, shared, capsys):
+    options = [w for o in (*GAME, f"start={start}") for w in ("--quantizer-option", o)]
+    manifest = build(
+        capsys, shared, "--quantizer", "adadfq", *options, "--bits", "w4a4", "--synth", "noise",
+        output=start,
+    )  # fmt: skip
+    assert manifest["parity"]["argmax_agreement"] == 100
+    assert manifest["recipe"]["quantizer"] == "adadfq"
+
+
+def test_its_generator_gives_images_to_other_quantizers(shared, capsys):
+    options = [w for o in GAME[:3] for w in ("--synth-option", o)]
+    manifest = build(capsys, shared, "--synth", "adadfq", *options, output="synth")
+    assert manifest["calib"]["method"] == "adadfq"
+    assert manifest["calib"]["images"] == 8
+    done = run(
+        capsys, shared, "synth", *shared.weights(), "--method", "adadfq", *options, "--samples",
+        "20", "--synth-option", "batch_size=10", "--threads", "1",
+        "-o", shared.root / "drawn.npz", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["images"] == 20
