@@ -73,18 +73,30 @@ def divergence(state, images=HELD_OUT, net="residual"):
 # --- what is learned
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_student_learns_what_the_float_network_answers(learned):
+    images = varied_images()[:32]
+    options = {"lr_student": 3e-4, "lr_latent": 1e-2, "lr_steps": 3e-3, "milestones": (0.7,)}
+    game = make_game(Scripted(images), learned=learned, iterations=60, **options)
+
+    def gap() -> float:
+        with torch.no_grad():
+            found, wanted = game.student(images), trained("residual").module(images)
+        difference = (found - wanted).double()
+        return float((difference - difference.mean(1, keepdim=True)).square().mean())
+
+    seen = [gap() for _ in game.play(4)]  # one part of warm-up: ranges alone
+    assert seen[-1] < 0.5 * seen[0]
+
+
 @pytest.mark.parametrize("start", ["published", "reconstruct"])
-def test_the_game_brings_the_student_nearer_to_the_float_network(start):
-    options = {"iterations": 120, "parts": 4, "game_batch": 16, "channels": 16, "warm_up": 0.2}
-    if start == "published":
-        options |= {"lr_student": 3e-3, "observe": 0.2}
-    state = play(start=start, keep_best=False, **options)
-    distances = state.info["heldout_distance"]
-    assert state.info["last"] == "120"
-    assert list(distances) == ["start", "30", "60", "90", "120"]
-    assert distances["120"] < 0.9 * distances["start"]
+def test_the_last_state_and_those_on_the_way_are_judged(start):
+    state = play(start=start, keep_best=False)
+    assert list(state.info["heldout_distance"]) == ["start", "4", "8", "12"]
+    assert (state.info["last"], state.info["kept"], state.info["start"]) == ("12", "12", start)
     assert state.info["learned_biases"]
-    assert state.info["collapse"] == ""
+    assert [part["iterations"] for part in state.info["parts"]] == [4, 4, 4]
+    assert state.info["game"]["lambda_l"] == 0.1
 
 
 def test_the_published_student_is_rounded_to_the_extremes_of_its_weights():
@@ -196,15 +208,18 @@ class Store:
 
 @pytest.mark.parametrize("start", ["published", "reconstruct"])
 def test_a_killed_game_goes_on_behind_its_last_part(tmp_path, start):
-    whole = play(start=start, keep_best=False)
-    fail = 2 if start == "published" else 5  # behind the blocks of the reconstruction
+    (tmp_path / "whole").mkdir()
+    store = Store(tmp_path / "whole")
+    whole = play(start=start, supplies=supplies_of(checkpoint=store), keep_best=False)
+    fail = store.made - 1  # in the last part of the game
+    assert fail >= 2
     store = Store(tmp_path, fail_after=fail)
     supplies = supplies_of(checkpoint=store)
     with pytest.raises(KeyboardInterrupt):
         play(start=start, supplies=supplies, keep_best=False)
     store.fail_after = None
     resumed = play(start=start, supplies=supplies, keep_best=False)
-    assert store.made > fail
+    assert store.made == fail + 1
     assert same(whole, resumed)
     assert whole.info["heldout_distance"] == resumed.info["heldout_distance"]
     assert whole.info["parts"] == resumed.info["parts"]
@@ -267,15 +282,26 @@ def test_progress_ends_at_its_total():
 # --- what is kept, and when it stops
 
 
+def test_a_student_that_no_longer_tells_anything_ends_the_game(caplog):
+    found = iter([1.0, 0.5, 0.4, 4.1])
+    contest = adadfq._Contest(make_game(), lambda state: next(found), None, 2.0)
+    for number in range(3):
+        contest.add(_game.Part({}, 1, False, 0.0, 0.0))
+        assert bool(contest.collapse) == (number == 2)
+    assert "the student collapsed" in caplog.text
+    assert contest.kept == "2"
+
+
 def test_the_start_is_kept_where_the_game_is_worse(caplog):
     state = play(lr_student=3.0, warm_up=0.0, iterations=30)
     assert state.info["kept"] == "start"
     assert "its start, which is kept" in caplog.text
-    assert divergence(state) == pytest.approx(divergence(play(lr_student=0.0)), rel=1e-6)
+    assert not state.info["learned_biases"]
+    assert math.isfinite(divergence(state))
 
 
 def test_the_kept_state_is_the_nearest_on_images_that_were_held_out():
-    state = play(iterations=60, lr_student=3e-3, warm_up=0.1)
+    state = play()
     distances = state.info["heldout_distance"]
     assert distances[state.info["kept"]] == min(distances.values())
     # Own: every fourth calibration image; none of the game's was shown to it.
@@ -315,14 +341,14 @@ class Scripted:
         pass
 
 
-def make_game(opponent=None, **options) -> Game:
+def make_game(opponent=None, *, learned=False, **options) -> Game:
     graph = fold(trained("residual"))
     plan = make_plan(graph, quantized.INPUTS, Bits(4, 4), [], ends=None)
     state = quantized.quantize(graph, plan)
     chosen = GameOptions(**({"game_batch": 6, "channels": 8} | options))
     opponent = opponent or Scripted(varied_images())
     return set_up(
-        graph, trained("residual"), state, opponent, chosen, learned=False, seed=0, device=CPU
+        graph, trained("residual"), state, opponent, chosen, learned=learned, seed=0, device=CPU
     )
 
 
@@ -352,6 +378,8 @@ def test_a_generator_that_collapsed_ends_the_game(kind, caplog):
         images[3] = torch.nan
         expected = "not finite"
     game = make_game(Scripted(images), iterations=8, warm_up=0.0)
+    if kind == "one class":  # a generator that never had them has not lost them
+        assert game.look_at_images(0)[1] == ""
     game.evenness = 0.8  # so far
     assert expected in game.look_at_images(0)[1]
     if kind != "not finite":
@@ -366,15 +394,10 @@ def test_a_generator_is_given_its_warm_up():
     assert [bool(part.collapse) for part in game.play(4)] == [False, False, True]
 
 
-def test_good_images_are_no_collapse_and_never_good_ones_are_none_either():
+def test_good_images_are_no_collapse():
     evenness, collapse = make_game().look_at_images(0)
-    assert (evenness > 0.6, collapse) == (True, "")
-    images = models.images(64, seed=4)
-    with torch.no_grad():
-        one = images[trained("residual").module(images).argmax(1) == 1][:1]
-    noisy = one + 0.3 * torch.randn(64, *one.shape[1:], generator=seeded(5))
-    evenness, collapse = make_game(Scripted(noisy)).look_at_images(0)
-    assert (evenness < _game.EVENNESS_LIMIT, collapse) == (True, "")
+    assert evenness > 0.6
+    assert collapse == ""
 
 
 def test_the_student_does_not_learn_in_the_warm_up():
@@ -414,26 +437,22 @@ def test_max_is_as_published():
 GAME = ("iterations=6", "game_batch=4", "channels=8", "parts=2", "start_iterations=3")
 
 
-@pytest.mark.parametrize("start", ["published", "reconstruct"])
-def test_a_build_plays_and_its_engine_agrees(start, shared, capsys):
-    options = [w for o in (*GAME, f"start={start}") for w in ("--quantizer-option", o)]
+def test_a_build_plays_twice_and_its_engine_agrees(shared, capsys):
+    options = [w for o in GAME for w in ("--quantizer-option", o)]
+    options += [w for o in GAME[:3] for w in ("--synth-option", o)]
     manifest = build(
-        capsys, shared, "--quantizer", "adadfq", *options, "--bits", "w4a4", "--synth", "noise",
-        output=start,
-    )  # fmt: skip
+        capsys, shared, "--quantizer", "adadfq", "--synth", "adadfq", *options, "--bits", "w4a4"
+    )
     assert manifest["parity"]["argmax_agreement"] == 100
     assert manifest["recipe"]["quantizer"] == "adadfq"
+    assert (manifest["calib"]["method"], manifest["calib"]["images"]) == ("adadfq", 8)
 
 
-def test_its_generator_gives_images_to_other_quantizers(shared, capsys):
-    options = [w for o in GAME[:3] for w in ("--synth-option", o)]
-    manifest = build(capsys, shared, "--synth", "adadfq", *options, output="synth")
-    assert manifest["calib"]["method"] == "adadfq"
-    assert manifest["calib"]["images"] == 8
+def test_later_batches_are_drawn_by_the_first_ones_generator(shared, capsys):
+    options = [w for o in (*GAME[:3], "batch_size=10") for w in ("--synth-option", o)]
     done = run(
         capsys, shared, "synth", *shared.weights(), "--method", "adadfq", *options, "--samples",
-        "20", "--synth-option", "batch_size=10", "--threads", "1",
-        "-o", shared.root / "drawn.npz", "--json",
+        "20", "--threads", "1", "-o", shared.root / "drawn.npz", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.json["images"] == 20

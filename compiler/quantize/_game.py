@@ -135,10 +135,11 @@ class Game:
                 self.restore(part.tensors)
             done += part.iterations
             self.evenness = max(self.evenness, part.evenness)
-            yield part
             if part.collapse:
                 log.warning("adadfq: %s: the game ends after %d iterations", part.collapse, done)
                 progress(done, done, "stopped")
+            yield part
+            if part.collapse:
                 return
 
     def _play_part(

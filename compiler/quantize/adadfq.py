@@ -70,6 +70,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "max": {"iterations": PUBLISHED_ITERATIONS, "parts": 40, "clip_inside": False},
 }
 START = "start"
+_LOST = 2.0  # times the distance of a constant answer
+_TUNE_SHARE = 0.4  # iterations of the network, per iteration of a block, in a reconstruction
 _START_SHARE = 0.4  # of the time, for a reconstruction before the game
 # A student's and a teacher's pass each forward and twice back, the generator's beside them.
 _PASSES = 8.0
@@ -154,7 +156,10 @@ def quantize(
 
 
 def _start_options(options: Options) -> Any:
-    chosen = {"iterations": options.start_iterations}
+    chosen = {
+        "iterations": options.start_iterations,
+        "tune_iterations": round(_TUNE_SHARE * options.start_iterations),
+    }
     return plugin_options(reconstruct, "reconstruct", "quick", chosen)
 
 
@@ -197,7 +202,7 @@ class _Contest:
         self.best = self.last = start
         self.kept = self.last_name = START
         self.distances = {START: judge(start)}
-        self.hopeless = max(blind, self.distances[START])
+        self.blind, self.told = blind, False  # whether the student once told more than nothing
         self.collapse = ""
         self.notes: list[dict[str, Any]] = []
         self.iterations = 0
@@ -205,8 +210,8 @@ class _Contest:
     def add(self, part: Part) -> None:
         """Judge what a part left; a network that is not finite is no candidate.
 
-        One that is farther from the float network than one answer to all images, and than the
-        start, has collapsed.
+        One that is twice as far from the float network as a constant answer, and as the start,
+        and was nearer once, has collapsed.
         """
         self.notes.append(part.notes())
         self.iterations += part.iterations
@@ -222,7 +227,9 @@ class _Contest:
         self.distances[self.last_name] = found
         if found < self.distances[self.kept]:
             self.best, self.kept = self.last, self.last_name
-        if found > self.hopeless and not self.collapse:
+        lost = self.told and found > _LOST * max(self.blind, self.distances[START])
+        self.told |= found < self.blind
+        if lost and not self.collapse:
             self.collapse = "the student collapsed: its answers tell less than a constant one"
             log.warning("adadfq: %s: the game ends", self.collapse)
 
