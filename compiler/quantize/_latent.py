@@ -18,10 +18,11 @@ from dfqc.compiler.contracts import QParams, QTensor, WeightGrid
 from dfqc.compiler.quantize import rtn
 from dfqc.compiler.quantize._learned import LearnedGrid, _Round
 from dfqc.compiler.quantize._ranges import weight_grid
-from dfqc.compiler.quantize._rounding import INSIDE, Layer, LearnedWeight, Units
+from dfqc.compiler.quantize._rounding import Layer, LearnedWeight, Units
 from dfqc.compiler.spec import QScheme
 
 ActGrid = Literal["learned", "fixed", "ema"]
+_EDGE = 0.499  # steps from its code at which a weight is still rounded to it
 
 
 class LatentWeight(LearnedWeight):
@@ -59,11 +60,16 @@ class LatentWeight(LearnedWeight):
         return weight if self.dense is None else weight * self.dense
 
     def start_at(self, codes: Tensor) -> None:
-        """Move every weight that has another code into the cell of its code."""
+        """Move every weight that has another code into the cell of its code.
+
+        The farther away a weight was, the nearer it comes to its code, which was chosen for good
+        reasons; at one distance, all of them would leave their cells in the same iteration.
+        """
         with torch.no_grad():
             wanted = codes.to(self.latent)
-            position = (self.weight() / self.scale).clamp(wanted - INSIDE, wanted + INSIDE)
-            self.latent.copy_(position * self.scale / self.scale_unit)
+            away = self.weight() / self.scale - wanted
+            inside = torch.where(away.abs() < _EDGE, away, _EDGE**2 / away)
+            self.latent.copy_((wanted + inside) * self.scale / self.scale_unit)
 
     def codes(self) -> Tensor:
         """Return the nearest codes."""
