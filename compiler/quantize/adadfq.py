@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
@@ -69,7 +70,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "standard": {"iterations": 4000, "start": "reconstruct", "start_iterations": 1000, "parts": 20},
     "max": {"iterations": PUBLISHED_ITERATIONS, "parts": 40, "clip_inside": False},
 }
-START = "start"
+OPPONENT = "adadfq"  # the synthesizer that is loaded by name: its code is part of the cache's key
+# What is kept is the start, the last state of the game, or the best on its way.
+START, LAST, BEST = "start", "trained", "best"
 _LOST = 2.0  # times the distance of a constant answer
 _TUNE_SHARE = 0.4  # iterations of the network, per iteration of a block, in a reconstruction
 _START_SHARE = 0.4  # of the time, for a reconstruction before the game
@@ -87,7 +90,7 @@ def count_passes(options: Options, samples: int) -> float:
 
 def count_bytes(options: Options, graph: Graph, samples: int) -> int:
     """Return what is kept: the student thrice, and the generator with its optimizer."""
-    maker = plugins.load("synthesizer", "adadfq")
+    maker = plugins.load("synthesizer", OPPONENT)
     start = 0
     if options.start == "reconstruct":
         start = reconstruct.count_bytes(_start_options(options), graph, samples)
@@ -132,7 +135,7 @@ def quantize(
     teacher = supplies.unpruned.graph if supplies.unpruned else supplies.unfolded or graph
     seed = rng.initial_seed()
     # Before the start, which takes time: a model without classes is refused here.
-    maker = cast(MakesOpponents, plugins.load("synthesizer", "adadfq"))
+    maker = cast(MakesOpponents, plugins.load("synthesizer", OPPONENT))
     own = torch.Generator(device).manual_seed(seed)
     opponent = maker.make_opponent(teacher, options, rng=own, device=device)
     state = _start(graph, calib, plan, options, rng, device, progress, supplies)
@@ -199,13 +202,11 @@ class _Contest:
         self, game: Game, judge: Callable[[QuantState], float], start: QuantState, blind: float
     ) -> None:
         self.game, self.judge, self.start = game, judge, start
-        self.best = self.last = start
-        self.kept = self.last_name = START
+        self.states = {START: start}
         self.distances = {START: judge(start)}
         self.blind, self.told = blind, False  # whether the student once told more than nothing
         self.collapse = ""
-        self.notes: list[dict[str, Any]] = []
-        self.iterations = 0
+        self.parts: list[dict[str, Any]] = []
 
     def add(self, part: Part) -> None:
         """Judge what a part left; a network that is not finite is no candidate.
@@ -213,8 +214,7 @@ class _Contest:
         One that is twice as far from the float network as a constant answer, and as the start,
         and was nearer once, has collapsed.
         """
-        self.notes.append(part.notes())
-        self.iterations += part.iterations
+        self.parts.append(part.notes())
         self.collapse = part.collapse
         # Bounds of a range are no numbers until something is seen.
         own = [
@@ -222,11 +222,12 @@ class _Contest:
         ]
         if not all(bool(torch.isfinite(value).all()) for value in own):
             return
-        self.last, self.last_name = self.game.student.state(), str(self.iterations)
-        found = self.judge(self.last)
-        self.distances[self.last_name] = found
-        if found < self.distances[self.kept]:
-            self.best, self.kept = self.last, self.last_name
+        state = self.game.student.state()
+        found = self.judge(state)
+        self.parts[-1]["distance"] = found
+        if found < self.distances.get(BEST, math.inf):
+            self.states[BEST], self.distances[BEST] = state, found
+        self.states[LAST], self.distances[LAST] = state, found
         lost = self.told and found > _LOST * max(self.blind, self.distances[START])
         self.told |= found < self.blind
         if lost and not self.collapse:
@@ -235,22 +236,26 @@ class _Contest:
 
     def finish(self, options: Options, settings: dict[str, Any]) -> QuantState:
         """Return the best state, or the last, with notes for the manifest."""
-        kept = self.kept if options.keep_best else self.last_name
-        state = self.best if options.keep_best else self.last
-        if kept == START:
-            log.warning("adadfq: nothing in the game was better than its start, which is kept")
+        kept = LAST if LAST in self.states else START
+        if options.keep_best:
+            order = [name for name in (LAST, BEST, START) if name in self.states]
+            kept = min(order, key=lambda name: self.distances[name])
+            if kept == START:
+                log.warning("adadfq: nothing in the game was better than its start, which is kept")
+        about = self.start.info
         info = {
             "quantizer": "adadfq",
             "start": options.start,
+            "start_kept": about.get("kept", "nearest"),
             "kept": kept,
-            "last": self.last_name,
             "heldout_distance": self.distances,
-            "iterations": self.iterations,
-            "shortened": any(note["shortened"] for note in self.notes)
-            or bool(self.start.info.get("shortened")),
-            "collapse": self.collapse,
+            "last": self.parts[-1] if self.parts else {},
+            "collapsed": self.collapse,
+            "iterations": sum(part["iterations"] for part in self.parts),
+            "shortened": any(part["shortened"] for part in self.parts)
+            or bool(about.get("shortened")),
+            "learned_biases": kept != START or bool(about.get("learned_biases")),
             "game": {"method": options.method, **settings},
-            "parts": self.notes,
-            "learned_biases": kept != START or bool(self.start.info.get("learned_biases")),
+            "parts": self.parts,
         }
-        return dataclasses.replace(state, info={**self.start.info, **info})
+        return dataclasses.replace(self.states[kept], info={**about, **info})
