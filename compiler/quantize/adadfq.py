@@ -19,6 +19,12 @@ quantized network learns the float one's answers to them. AdaSG is `method` "ada
 
 `start` "reconstruct" learns on from codes, steps and biases of a block reconstruction: steps are
 learned, by LSQ, with rates of their own (`lr_latent`, `lr_steps`).
+
+Measured on a CIFAR-10 ResNet-20, k bits everywhere, top-1 of the last state on 1,000 images (float:
+91.9), 0.2 CPU seconds per iteration: W3A3 from a reconstruction 88.4 at the start, 88.8 after 300
+iterations, 89.3 after 600; as published but with 600 iterations 81.9. The images that judge find
+those from a reconstruction worse than their start, which was fitted to images of the same kind:
+`keep_best` false takes the last state whatever they say.
 """
 
 from __future__ import annotations
