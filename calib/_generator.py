@@ -50,7 +50,7 @@ class Generator(nn.Module):
         self.norm2 = nn.BatchNorm2d(inner, track_running_stats=False)
         self.norm3 = nn.BatchNorm2d(colors, affine=False, track_running_stats=False)
         for layer in (self.linear, self.conv1, self.conv2):
-            _initialize(layer, rng)
+            initialize(layer, rng)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return z."""
@@ -58,7 +58,7 @@ class Generator(nn.Module):
         x = double_and_convolve(self.norm1(x), self.conv1.weight, self.conv1.bias)
         x = F.leaky_relu(self.norm2(x), _SLOPE)
         x = double_and_convolve(x, self.conv2.weight, self.conv2.bias)
-        x = _cut(x, self.size)
+        x = cut_middle(x, self.size)
         x = x.contiguous()  # with three channels, batch norm is four times as fast this way
         z: Tensor = self.norm3(torch.tanh(x) if self.squash == "tanh" else x)
         return z
@@ -95,14 +95,14 @@ def _widen(weight: Tensor, dim: int) -> Tensor:
     return torch.stack((c, b + c, a + b, a), dim)
 
 
-def _cut(x: Tensor, size: list[int]) -> Tensor:
+def cut_middle(x: Tensor, size: list[int]) -> Tensor:
     """Crop the middle of (n, c, H, W) to `size`."""
     for dim, side in zip((2, 3), size, strict=True):
         x = x.narrow(dim, (x.shape[dim] - side) // 2, side)
     return x
 
 
-def _initialize(layer: nn.Linear | nn.Conv2d, rng: torch.Generator) -> None:
+def initialize(layer: nn.Linear | nn.Conv2d, rng: torch.Generator) -> None:
     """Draw weights and biases uniformly within the root of 1 / inputs, as torch does."""
     bound = 1 / math.sqrt(layer.weight[0].numel())
     for values in (layer.weight, layer.bias):

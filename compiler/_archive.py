@@ -21,6 +21,8 @@ from dfqc.compiler.errors import LoadError
 
 EXPORT, TORCHSCRIPT, TORCH, SAFETENSORS = "export", "torchscript", "torch", "safetensors"
 
+PREPROCESSING = "preprocessing.json"  # an extra file: how the model's images are prepared
+
 _SYMBOL = re.compile(r"'[a-z]+\d*'")
 _NAME = re.compile(r"[^\W\d]\w*")
 _ALLOWED_CHARACTERS = re.compile(r"[\w\s(),=+\-*/<>.~&|]*")
@@ -79,6 +81,25 @@ def check_archive(path: Path) -> None:
                 _check_pickle(path, name, archive.read(name))
             elif name.endswith(".json"):
                 _check_json(path, name, archive)
+
+
+def read_preprocessing(path: Path) -> dict[str, Any]:
+    """Return what a .pt2 archive says of its images (`ImageSpec` as data); empty if nothing."""
+    with zipfile.ZipFile(path) as archive:
+        inside = [n for n in archive.namelist() if n.endswith(f"/extra/{PREPROCESSING}")]
+        if not inside:
+            return {}
+        try:
+            facts = json.loads(archive.read(inside[0]))
+            values = [*facts["mean"], *facts["std"], facts["resize"] or 1]
+            if not all(isinstance(value, int | float) for value in values):
+                raise TypeError("numbers expected")
+        except (ValueError, KeyError, TypeError) as error:
+            raise LoadError(
+                f"{path}: {PREPROCESSING} is damaged ({error}); make the file again, or give "
+                "--mean, --std and --resize with a plain export"
+            ) from error
+    return dict(facts)
 
 
 def _sniff_zip(path: Path) -> str:

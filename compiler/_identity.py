@@ -30,6 +30,12 @@ def model_digest(source: str, arch: str | None, pretrained: bool, seed: int) -> 
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
+def arch_digest(arch: str, seed: int) -> str:
+    """Return the cache identity of an architecture with weights drawn at random under `seed`."""
+    identity = [_identify_arch(arch), importlib.metadata.version("torch"), seed]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -19,7 +19,7 @@ BIAS_LIMIT = 2**30
 SMALLEST_SCALE = 1e-30
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: QScheme) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: float | Tensor, scheme: QScheme) -> Tensor:
     """Return integer codes as a float tensor of the shape of `x`; `scale` must broadcast."""
     return (x / scale).round_().add_(zero_point).clamp_(scheme.quant_min, scheme.quant_max)
 
@@ -29,7 +29,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: int | Tensor) -> Tensor
     return (codes - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: QScheme) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: float | Tensor, scheme: QScheme) -> Tensor:
     """Round `x` to the grid and come back to real values (no gradient)."""
     return quantize(x, scale, zero_point, scheme).sub_(zero_point).mul_(scale)
 
@@ -87,6 +87,27 @@ def affine_qparams(low: float, high: float, scheme: QScheme) -> QParams:
     return QParams(scale, min(max(zero_point, scheme.quant_min), scheme.quant_max))
 
 
+def moving_grid(low: Tensor, high: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """Return scale (float32) and zero point of `affine_qparams` for a range that is on a device.
+
+    Nothing waits for the device; `low` and `high` are float64 tensors of one number, and finite.
+    """
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    if scheme.symmetric:
+        scale = high / scheme.quant_max
+        if scheme.quant_min < 0:
+            scale = torch.maximum(scale, low / scheme.quant_min)
+        scale = scale.float()
+        scale = torch.where(scale > SMALLEST_SCALE, scale, 1.0)
+        return scale, torch.zeros_like(scale)
+    scale = ((high - low) / (scheme.quant_max - scheme.quant_min)).float()
+    empty = scale <= SMALLEST_SCALE
+    zero_point = (scheme.quant_min - low / scale.double()).round_()
+    zero_point = zero_point.clamp_(scheme.quant_min, scheme.quant_max).float()
+    zero_point = torch.where(empty, float(scheme.quant_min), zero_point)
+    return torch.where(empty, 1.0, scale), zero_point
+
+
 def _float32(value: float) -> float:
     """Round to float32, the type the engine stores: simulation and file hold the same number."""
     return float(torch.tensor(value, dtype=torch.float32))
@@ -103,6 +124,16 @@ def bias_codes(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor
     if codes.abs().max() > INT32_MAX:
         raise ValueError("bias does not fit the int32 grid: raise the weight scale of the channel")
     return codes.to(torch.int32)
+
+
+def snap_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return the values that `bias_codes` stand for, while steps and bias are being learned.
+
+    Nothing is checked (and nothing waits for a device): the codes must fit.
+    """
+    step = input_scale * weight_scale
+    codes = (bias.double() / step.double()).round_()
+    return codes.float() * step
 
 
 def bias_scale(input_scale: float, weight_scale: Tensor) -> Tensor:

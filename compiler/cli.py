@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dfqc.compiler import cli_build, cli_compare, cli_info, cli_package, machine
+from dfqc.compiler import cli_build, cli_compare, cli_distill, cli_info, cli_package, machine
 from dfqc.compiler.errors import DfqcError, Interrupted
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verbs in (cli_build, cli_package, cli_compare, cli_info):
+for verbs in (cli_build, cli_distill, cli_package, cli_compare, cli_info):
     verbs.register(app)
 
 

@@ -42,7 +42,7 @@ def build(flags: Mapping[str, Any], recipe: RecipeFile = None, json: Json = Fals
     from dfqc.compiler.manifest import verdict
 
     with only_results_on_stdout():
-        manifest = run_build(flags, recipe, _listener())
+        manifest = run_build(flags, recipe, make_listener())
     emit(manifest, _describe_build(manifest), as_json=json)
     if manifest["exit_code"]:
         # The object on stdout says it too; a second one would be no JSON.
@@ -60,7 +60,7 @@ def plan(
     from dfqc.compiler.build import run_plan
 
     with only_results_on_stdout():
-        result = run_plan(flags, recipe, _listener())
+        result = run_plan(flags, recipe, make_listener())
     lines = _describe_plan(result)
     if explain:
         lines += ["", *_describe_stages(result["stages"])]
@@ -77,7 +77,7 @@ def synth(
     from dfqc.compiler.build import run_synth
 
     with only_results_on_stdout():
-        result = run_synth(flags, recipe, _listener(), compare=compare)
+        result = run_synth(flags, recipe, make_listener(), compare=compare)
     lines = [f"{result['file']}: {result['images']} images by {result['method']}"]
     if result["score"] is not None:
         lines.append(
@@ -92,7 +92,8 @@ def synth(
     emit(result, lines, as_json=json)
 
 
-def _listener() -> Listener:
+def make_listener() -> Listener:
+    """Return who tells the user what happens."""
     from dfqc.compiler.build import Listener
     from dfqc.compiler.progress import reporter
 

@@ -6,7 +6,7 @@ Light on imports: `dfqc --help` reads this file and not the recipe's validation.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -62,7 +62,7 @@ FLAGS = (
     Flag("effort", str, "quick, standard or max: time for images and rounding", "NAME", _CALIB),
     Flag("synth", str, "synthesizer of the images (dfqc list)", "NAME", _CALIB, ("--method",)),
     Flag("synth_option", list[str], "an option of it (repeatable)", "NAME=VALUE", _CALIB),
-    Flag("zoo", str, "more models of the same classes, for mixmix", "MODEL,MODEL", _CALIB),
+    Flag("zoo", str, "more models of the same classes, for mixmix, dafl", "MODEL,MODEL", _CALIB),
     Flag("calib_data", str, "images instead: .npz, .safetensors, folder", "PATH", _CALIB),
     Flag("samples", int, "number of calibration images", "N", _CALIB),
     Flag("equalize", str, "none, cle (exact) or dfq (ReLU6 to ReLU, biases)", "NAME", _QUANT),
@@ -86,10 +86,14 @@ FLAGS = (
 )
 
 
-def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
+def with_recipe_flags(
+    command: Callable[..., None], only: Collection[str] | None = None
+) -> Callable[..., None]:
     """Give a command the model argument and every recipe flag, in front of its own parameters.
 
-    The command takes them as one dictionary, `flags`; flags that were not given are None.
+    The command takes them as one dictionary, `flags`; flags that were not given are None. `only`
+    names the recipe keys it takes, None for all; an alias that is a parameter of its own is left
+    out.
     """
     own = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -101,7 +105,9 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
         mine = {p.name: values.pop(p.name) for p in own}
         command(values, **mine)
 
-    shared = [_model_argument(), *(_parameter(flag) for flag in FLAGS)]
+    taken = {f"--{p.name.replace('_', '-')}" for p in own}
+    flags = [flag for flag in FLAGS if only is None or flag.name in only]
+    shared = [_model_argument(), *(_parameter(flag, taken) for flag in flags)]
     run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
     run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -115,9 +121,10 @@ def _model_argument() -> inspect.Parameter:
     return _keyword("model", Annotated[str | None, info])
 
 
-def _parameter(flag: Flag) -> inspect.Parameter:
+def _parameter(flag: Flag, taken: Collection[str]) -> inspect.Parameter:
     name = flag.name.replace("_", "-")
-    names = [f"--{name}/--no-{name}" if flag.name == "pretrained" else f"--{name}", *flag.short]
+    aliases = [alias for alias in flag.short if alias not in taken]
+    names = [f"--{name}/--no-{name}" if flag.name == "pretrained" else f"--{name}", *aliases]
     info = typer.Option(*names, help=flag.help, metavar=flag.metavar, rich_help_panel=flag.panel)
     return _keyword(flag.name, Annotated[flag.kind | None, info])
 

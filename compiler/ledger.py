@@ -71,6 +71,7 @@ def describe_quantization(build: Build) -> dict[str, Any]:
         "heldout_distance": about.get("heldout_distance"),
         "shortened": about.get("shortened", False),
         "bias_correction": about.get("bias_correction"),
+        **{name: about[name] for name in ("last", "collapsed") if name in about},
         "units": about.get("units", []),
     }
 
@@ -80,6 +81,8 @@ def _rounding(about: Mapping[str, Any]) -> dict[str, str]:
     # Tuning leaves all codes as the units have them, and so does a walk for activations alone.
     units = [unit for unit in about.get("units", []) if unit["walk"] != "acts"]
     kept = about.get("kept", "tuned")
+    if kept == "start":  # of a training, which was not better
+        kept = about["start_kept"]
     learned = kept in ("reconstructed", "tuned")
     return {
         layer: unit["winner"] if learned else kept for unit in units for layer in unit["layers"]

@@ -21,7 +21,14 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from dfqc.compiler._archive import EXPORT, SAFETENSORS, TORCHSCRIPT, check_archive, sniff
+from dfqc.compiler._archive import (
+    EXPORT,
+    SAFETENSORS,
+    TORCHSCRIPT,
+    check_archive,
+    read_preprocessing,
+    sniff,
+)
 from dfqc.compiler._blame import first_line
 from dfqc.compiler._identity import file_sha256, is_zoo, model_digest
 from dfqc.compiler._weights import find_weights, load_weights
@@ -135,7 +142,7 @@ def _load_file(
 def _load_export(
     path: Path, arch: str | None, unsafe_load: bool, image: ImageOverrides
 ) -> tuple[ExportedProgram, Preprocessing]:
-    """Read a .pt2 archive; its input size is the archive's own."""
+    """Read a .pt2 archive; its input size is the archive's own, and so is preprocessing in it."""
     if arch is not None:
         raise UsageError(f"--arch: got {arch!r}, but {path} is a .pt2 archive with its own network")
     if not unsafe_load:
@@ -159,7 +166,13 @@ def _load_export(
             f"{_show(image.input_size)}; leave it out, or export again with that size"
         )
     channels, height, width = (s or d for s, d in zip(fixed, Preprocessing.size, strict=True))
-    return program, Preprocessing((channels, height, width))
+    said = read_preprocessing(path)
+    if not said or len(said["mean"]) != channels:
+        return program, Preprocessing((channels, height, width))
+    ratio = said["resize"] / min(height, width) if said["resize"] else None
+    mean, std = tuple(said["mean"]), tuple(said["std"])
+    known = not said.get("assumed", False)
+    return program, Preprocessing((channels, height, width), mean, std, ratio, known)
 
 
 def input_size(program: ExportedProgram) -> tuple[int | None, int | None, int | None]:

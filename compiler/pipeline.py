@@ -15,6 +15,7 @@ from dfqc.compiler import (
     stages_allocate,
     stages_calib,
     stages_engine,
+    stages_lower,
     stages_prune,
     storage,
 )
@@ -167,7 +168,7 @@ STAGES: tuple[Stage, ...] = (
         stages.correct,
         storage.save_state,
         storage.load_state,
-        options=depend.pick("bias-correction"),
+        options=depend.pick("bias-correction", "memory"),
         environment=depend.compute,
         code=depend.modules("passes.bias"),
     ),
@@ -175,7 +176,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "float",
         ("trace",),
-        stages.export_float,
+        stages_lower.export_float,
         storage.save_float,
         storage.load_float,
         options=depend.pick("target"),
@@ -196,7 +197,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "lower",
         ("trace", "fold", "float", "correct"),
-        stages.lower,
+        stages_lower.lower,
         storage.save_lowered,
         storage.load_lowered,
         options=depend.lower_options,

@@ -6,7 +6,7 @@ Everything that can be refused without opening the model is refused here, before
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -212,7 +212,7 @@ def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
         raise UsageError("no model: give MODEL, or the key `model` in the recipe")
     for name in ("synth_option", "quantizer_option"):
         if isinstance(values.get(name), list | tuple):
-            values[name] = dict(_parse_option(text, name) for text in values[name])
+            values[name] = parse_options(values[name], name)
     if values.get("calib_data") and "synth" not in values:
         values["synth"] = "images"
     try:
@@ -323,6 +323,11 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise UsageError(f"{where}: unknown key {name!r}; {hint}")
+
+
+def parse_options(texts: Iterable[str], flag: str) -> dict[str, Any]:
+    """Read the NAME=VALUE of a flag that can be given several times."""
+    return dict(_parse_option(text, flag) for text in texts)
 
 
 def _parse_option(text: str, flag: str) -> tuple[str, Any]:

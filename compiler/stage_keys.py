@@ -134,7 +134,10 @@ def held_out(job: Job) -> tuple[str, ...]:
 
 def quantizer(job: Job) -> tuple[str, ...]:
     """Code that quantizes."""
-    return (plugins.module_name("quantizer", job.recipe.quantizer), "dfqc.compiler.stages_calib")
+    name = job.recipe.quantizer
+    opponent = plugins.constant("quantizer", name, "OPPONENT")
+    loaded = (plugins.module_name("synthesizer", opponent),) if opponent else ()
+    return (plugins.module_name("quantizer", name), *loaded, "dfqc.compiler.stages_calib")
 
 
 def backend(*others: str) -> Callable[[Job], tuple[str, ...]]:

@@ -21,7 +21,8 @@ from dfqc.compiler.driver import Context
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.job import Job
 from dfqc.compiler.spec import Plan
-from dfqc.compiler.stages import FACTS, device_of, file_metadata
+from dfqc.compiler.stages import FACTS, device_of
+from dfqc.compiler.stages_lower import file_metadata
 from dfqc.compiler.storage import load_json, save_json, save_plan
 from dfqc.compiler.units import format_size
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import models
 import numerics
 import quantized
 from dfqc.compiler import affine
+from dfqc.compiler.graph import node_shapes
 from dfqc.compiler.moments import expected_inputs, input_moments
 from dfqc.compiler.passes import bias
 from dfqc.compiler.passes.fold import fold
@@ -314,3 +316,16 @@ def test_auto_leaves_learned_biases_alone():
     assert all(torch.equal(found.biases[name], b) for name, b in state.biases.items())
     asked = correct(graph, learned, "analytic", quantized.traced("residual"))
     assert not all(torch.equal(asked.biases[name], b) for name, b in state.biases.items())
+
+
+def test_images_whose_activations_do_not_fit_are_left_out():
+    graph = models.trace_tiny("residual")
+    largest = max(math.prod(shape) for shape in node_shapes(graph).values())
+    room = 20 * 3 * 4 * largest  # of twenty images, three tensors at a time
+    assert bias.count_images(graph, 4 * room) == 20
+    assert bias.count_images(graph, 1) == 16
+    assert bias.count_images(graph, None) > 1000
+    folded = quantized.folded("residual")
+    state = quantized.quantize(folded, quantized.plan(folded, "w4a8"))
+    found = correct(folded, state, "empirical", given={"memory_bytes": 1})
+    assert found.info["bias_correction"]["images"] == 16

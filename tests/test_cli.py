@@ -19,13 +19,14 @@ def test_help_loads_neither_torch_nor_anything_else_that_is_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("build", "plan", "synth", "eval", "bench", "verify", "inspect", "targets",
-                 "list", "doctor"):  # fmt: skip
+    for verb in ("build", "plan", "synth", "distill", "eval", "bench", "verify", "inspect",
+                 "targets", "list", "doctor"):  # fmt: skip
         assert f"\n  {verb}" in done.stdout
 
 
 @pytest.mark.parametrize(
-    "verb", ["build", "plan", "synth", "eval", "bench", "verify", "inspect", "targets", "list"]
+    "verb",
+    ["build", "plan", "synth", "distill", "eval", "bench", "verify", "inspect", "targets", "list"],
 )
 def test_every_verb_has_help(verb, capsys, workspace):
     done = run(capsys, workspace, verb, "--help")

@@ -30,6 +30,7 @@ METHODS = {
     "udfc": {},
     "reconstruct": FEW | TUNED | {"lr_rounding": 0.5},
     "adaround": FEW | {"lr_rounding": 0.5},
+    "qat": FEW | {"start": "rtn", "lr_weights": 0.05},
 }
 PATTERNS = ("2:4", "unstructured")
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS)

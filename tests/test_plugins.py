@@ -252,6 +252,7 @@ def quantize(name, net, bits, seed=0):
     plan = make_plan(graph, plugins.load("target", "ort").TARGET, bits, [], ends=None)
     calib = CalibSet(models.images(8), None, "noise")
     few = {"iterations": 3, "act_iterations": 3, "batch_size": 4}
+    few |= {"start": "rtn"} if name == "qat" else {}  # of others, the name of a rounding
     options = {k: v for k, v in few.items() if k in module.Options.model_fields}
     state = module.quantize(
         graph, calib, plan, module.Options(**options),

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from dfqc.compiler import cli_build
+
 from dfqc.compiler.cli import main
 from dfqc.compiler.recipe import make_recipe
 from dfqc.compiler.reproduce import build_command
@@ -27,7 +27,6 @@ CASES = [
 def test_the_command_line_reads_it_back_as_the_same_recipe(flags, monkeypatch):
     recipe = make_recipe(flags)
     seen = []
-    monkeypatch.setattr(cli_build, "_listener", lambda: None)
     monkeypatch.setattr(
         "dfqc.compiler.build.run_plan", lambda given, file, listener: seen.append(given) or fault()
     )

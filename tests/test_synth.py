@@ -44,7 +44,7 @@ def test_pixels_are_8_bits_and_tensors_are_what_the_model_reads(shared, capsys):
     assert (pixels - expected).abs().max() < 0.51
 
 
-@pytest.mark.parametrize("method", ["zeroq", "deepinversion", "genie", "mixmix", "noise"])
+@pytest.mark.parametrize("method", ["zeroq", "deepinversion", "genie", "mixmix", "dafl", "noise"])
 def test_every_method(method, shared, capsys):
     options = () if method == "noise" else FEW
     made = synth(capsys, shared, "--method", method, *options, file=f"{method}.safetensors").json

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import CalibSet, Progress, QTensor, QuantState, silent
-from dfqc.compiler.graph import Graph
+from dfqc.compiler.graph import Graph, node_shapes
 from dfqc.compiler.moments import folded_inputs, folded_moments
 from dfqc.compiler.passes._empirical import empirical_biases
 from dfqc.compiler.quantize.rtn import smallest_weight_scale
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 METHODS = ("none", "blend", "analytic", "empirical")  # in the order of ties
 JUDGE_IMAGES = 64
+_MEMORY, _SHARE = 8 << 30, 0.25  # without a limit; what of it may hold activations
+_LIVE = 3  # tensors at once, of the largest one's size: in, out, and a residual stream
+_FEWEST = 16
 
 
 class Options(BaseModel):
@@ -64,6 +68,7 @@ def correct(
     *,
     device: torch.device,
     held_out: Tensor | None = None,
+    memory_bytes: int | None = None,
     progress: Progress = silent,
 ) -> QuantState:
     """Return `state` with corrected biases.
@@ -80,12 +85,14 @@ def correct(
         device: where the measurement runs.
         held_out: images (n, c, h, w) made in another way, by which `auto` judges. None: a part of
             the calibration set, to which then nothing is fitted while judging.
+        memory_bytes: what the run may use in all; the images whose live activations do not fit
+            into its share are left out.
         progress: called per layer.
     """
     if options.variance == "analytic":
         state = restandardize(graph, unfolded, state)
 
-    images = calib.images[: options.images]
+    images = calib.images[: min(options.images, count_images(graph, memory_bytes))]
 
     @functools.cache
     def measured(count: int) -> dict[str, Tensor]:
@@ -123,6 +130,13 @@ def correct(
     chosen = fit(best, len(images))
     info = {**chosen.info["bias_correction"], "distance": scores}
     return _corrected(state, chosen.biases, info)
+
+
+def count_images(graph: Graph, memory_bytes: int | None) -> int:
+    """Return how many images' live activations may be held at once; never less than a few."""
+    largest = max(math.prod(shape) for shape in node_shapes(graph).values())
+    room = _SHARE * (memory_bytes or _MEMORY)
+    return max(_FEWEST, int(room / (4 * _LIVE * largest)))
 
 
 def output_distance(

@@ -10,31 +10,28 @@ where rounding to nearest and SQuant stand beside them.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field
-from torch import Tensor
 
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
-from dfqc.compiler.judging import augmented, mean_divergence, split_judges
+from dfqc.compiler.judging import augmented, split_judges
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn, squant
+from dfqc.compiler.quantize._choice import even, judging_parts, keep_best
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
-from dfqc.compiler.quantize._targets import Targets, make_targets
+from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.quantize._train import TrainOptions
 from dfqc.compiler.quantize._units import UnitKind
 from dfqc.compiler.quantize._walker import CLOSED, NEAREST
 from dfqc.compiler.spec import Plan
-
-log = logging.getLogger(__name__)
 
 
 class Options(TrainOptions):
@@ -111,7 +108,6 @@ _JUDGING = 20.0
 _ADVANCING = 3.0  # of a copy through both networks, and its targets
 _TRAINING = 4.5  # forward and backward pass with what learns around it, in forward passes
 _FLIPPED = "squant"  # stands for the network as a whole, and is no unit's
-_FEW = 8  # images that do not speak for their kind
 
 
 def count_passes(options: Options, samples: int) -> float:
@@ -191,13 +187,10 @@ def _reconstruct(
     start = time.monotonic()
     graph = on_device(graph, device)
     images, own = split_judges(calib.images)  # what judges is not fitted to
-    held_out = supplies.held_out
-    count = 0 if held_out is None else supplies.fitting or len(held_out)
-    parts = () if held_out is None else (held_out[:count], held_out[count:])
-    judges = [part for part in (own, *parts) if len(part)] or [images]
+    judges = judging_parts(own, supplies) or [images]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
-    learning, choosing = augmented(images, options.copies, rng), _even(judges[:2])
+    learning, choosing = augmented(images, options.copies, rng), even(judges[:2])
     targets = make_targets(graph, supplies.unpruned, device)
     run = Run(
         *(graph, plan, options, learning, choosing),
@@ -210,7 +203,7 @@ def _reconstruct(
     info = {"quantizer": name, "start": options.start, **notes}
     info["learned_biases"] = options.lr_bias > 0
     if options.keep_best:
-        state, scores = _keep_best(graph, {**ready, **learned}, judges, targets, device)
+        state, scores = keep_best(graph, {**ready, **learned}, judges, targets, device)
         kept = min(scores, key=lambda name: scores[name])
         info |= {"kept": kept, "heldout_distance": scores}
         info["learned_biases"] = kept in learned and options.lr_bias > 0
@@ -225,16 +218,6 @@ def _check(options: Options) -> None:
         )
     if options.unit == "layer" and options.merge > 1:
         raise UsageError("merge: takes blocks together, got unit=layer; use unit=block")
-
-
-def _even(parts: Sequence[Tensor]) -> Tensor:
-    """Return as many images of each part: of two kinds, none outvotes the other.
-
-    A part that is too small to speak for its kind is left out.
-    """
-    parts = [part for part in parts if len(part) >= _FEW] or parts
-    count = min(map(len, parts))
-    return torch.cat([part[:count] for part in parts])
 
 
 def _ready(
@@ -265,33 +248,6 @@ def _ready(
             bias.Options.model_validate({"method": "auto" if supplies.unfolded else "empirical"}),
             device=device,
             held_out=supplies.held_out,
+            memory_bytes=supplies.memory_bytes,
         )
     return states
-
-
-def _keep_best(
-    graph: Graph,
-    states: Mapping[str, QuantState],
-    judges: Sequence[Tensor],
-    targets: Targets,
-    device: torch.device,
-) -> tuple[QuantState, dict[str, float]]:
-    """Return the state whose network is nearest to the float one on images not learned from.
-
-    The states that need no training have seen the first kind: their ranges and statistics are
-    those of all calibration images.
-
-    Three kinds of them: of the calibration set, made to fit the batch norms in another way, and
-    noise. Each misleads somewhere: what was learned is best on its own kind, and on MobileNetV1
-    rounding to nearest is as good as the closed form by the other two, which it is far from. So
-    the divergences of all kinds count by their ratios (geometric mean).
-    """
-    scores = {}
-    for name, state in states.items():
-        scores[name] = mean_divergence(
-            bias.output_distance(graph, state, part, device=device, exact=targets.graph)
-            for part in judges
-        )
-    best = min(scores, key=lambda name: scores[name])
-    log.info("kept %s of %s", best, scores)
-    return states[best], scores

@@ -1,0 +1,332 @@
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import classifiers
+import models
+import pruning
+import quantized
+from command import build
+from dfqc.compiler import plugins
+from dfqc.compiler.channels import remove
+from dfqc.compiler.contracts import Pruned, QuantizerSupplies
+from dfqc.compiler.options import plugin_options
+from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.quantize import _trainer, qat
+from dfqc.compiler.quantize._choice import blind_distance, distance
+from dfqc.compiler.quantize._kd import Losses, Teacher, feature_loss
+from dfqc.compiler.quantize._student import Student, StudentOptions
+from dfqc.compiler.quantize._targets import make_targets
+from dfqc.compiler.quantize.qat import Options, quantize
+from dfqc.compiler.simulate import simulated
+
+CPU = torch.device("cpu")
+folded = functools.cache(lambda net: fold(classifiers.trained(net)))  # nets with spread outputs
+FEW = {"start": "rtn", "iterations": 12, "batch_size": 8, "lr_weights": 3e-3}
+HELD_OUT = models.images(32, seed=9)
+
+
+def run(net="residual", bits="w3a3", *, supplies=None, seed=0, progress=None, **options):
+    graph = folded(net)
+    supplies = supplies or QuantizerSupplies(unfolded=classifiers.trained(net), held_out=HELD_OUT)
+    rng = torch.Generator().manual_seed(seed)
+    return quantize(
+        *(graph, quantized.calib(64), quantized.plan(graph, bits), Options(**{**FEW, **options})),
+        rng=rng,
+        device=CPU,
+        supplies=supplies,
+        **({} if progress is None else {"progress": progress}),
+    )
+
+
+def same(first, second):
+    return (
+        first.acts == second.acts
+        and all(torch.equal(w.codes, second.weights[n].codes) for n, w in first.weights.items())
+        and all(torch.equal(w.scale, second.weights[n].scale) for n, w in first.weights.items())
+        and all(torch.equal(b, second.biases[n]) for n, b in first.biases.items())
+    )
+
+
+def judged(net, state):
+    """Mean KL of the softmax in float64, geometric mean over own (every fourth) and held-out."""
+    graph, logs = folded(net), []
+    for images in (quantized.calib(64).images[3::4], HELD_OUT):
+        with torch.no_grad():
+            wanted = graph.module(images).double().log_softmax(1)
+            found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
+        logs.append(math.log(float((wanted.exp() * (wanted - found)).sum(1).mean())))
+    return math.exp(sum(logs) / 2)
+
+
+class Store:
+    """Checkpoints on disk, and a fault after some of them."""
+
+    def __init__(self, folder, fail_after=None):
+        self.folder, self.fail_after, self.made, self.parts = folder, fail_after, 0, {}
+
+    def __call__(self, part, make, save, load):
+        key = repr(sorted(part.items()))
+        if key not in self.parts:
+            if self.made == self.fail_after:
+                raise KeyboardInterrupt
+            folder = self.folder / str(len(self.parts))
+            folder.mkdir()
+            save(make(), folder)
+            self.parts[key] = folder
+            self.made += 1
+        return load(self.parts[key])
+
+    def supplies(self):
+        unfolded = classifiers.trained("residual")
+        return QuantizerSupplies(unfolded=unfolded, held_out=HELD_OUT, checkpoint=self)
+
+
+# --- what comes out
+
+
+def nearness(net, state, images):
+    graph = folded(net)
+    with torch.no_grad():
+        wanted = graph.module(images).log_softmax(1)
+        found = simulated(graph, state, integer=False).module(images).log_softmax(1)
+    return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.parametrize(("steps", "share"), [("channel", 0.6), ("tensor", 0.4)])
+def test_training_comes_nearer_to_the_float_network(steps, share, monkeypatch):
+    monkeypatch.setattr(qat, "distance", lambda *_: next(falling))  # the last one is the best
+    falling = iter(range(10_000, 0, -1))
+    still = {"lr_bias": 0, "lr_act_scale": 0, "lr_weight_scale": 0, "lr_weights": 1e-12}
+    begun = run(iterations=1, weight_steps=steps, **still)
+    state = run(iterations=80, weight_steps=steps, batch_size=16)
+    assert begun.info["kept"] == state.info["kept"] == "trained"
+    assert state.info["learned_biases"] is True
+    losses = [row["loss"] for row in state.info["trail"]]
+    assert losses[-1] < 0.8 * losses[0]
+    images = quantized.calib(64).images[0::4]  # of those it learned from
+    assert nearness("residual", state, images) < share * nearness("residual", begun, images)
+    if steps == "tensor":
+        assert all(len(set(w.scale.tolist())) == 1 for w in state.weights.values())
+
+
+def test_the_last_state_can_be_had_whatever_it_is_worth():
+    given = {"lr_weights": 5e-3, "lr_bias": 0.0, "iterations": 3}  # too short: the start is better
+    best, last = run(**given), run(**given, keep_best=False)
+    assert (best.info["kept"], last.info["kept"]) == ("start", "trained")
+    assert not same(best, last)
+    assert last.info["heldout_distance"] == best.info["heldout_distance"]
+    assert last.info["learned_biases"] is False  # rate 0
+
+
+def test_the_last_state_is_reported_beside_the_kept_one():
+    info = run(iterations=40).info
+    assert info["iterations"] == 40
+    assert [row["done"] for row in info["trail"]] == [4 * (i + 1) for i in range(10)]
+    assert info["last"] == info["trail"][-1]
+    assert info["last"]["distance"] == info["heldout_distance"]["trained"]
+    assert info["kept"] == min(info["heldout_distance"], key=info["heldout_distance"].get)
+    assert info["collapsed"] == ""
+    assert info["shortened"] is False
+
+
+@pytest.mark.parametrize("start", ["rtn", "gptq", "reconstruct"])
+def test_every_start_is_the_named_quantizer_corrected(start, monkeypatch):
+    plugin = plugins.load("quantizer", start)
+    if start == "reconstruct":
+        monkeypatch.setitem(plugin.PRESETS, "quick", {"iterations": 4, "tune_iterations": 0})
+    seen = []
+    state = run(start=start, lr_weights=1e6, iterations=2, progress=lambda *r: seen.append(r))
+    assert state.info["start"] == start
+    assert state.info["kept"] == "start"
+    scores = state.info["heldout_distance"]
+    assert judged("residual", state) == pytest.approx(scores["start"], rel=1e-4)
+    assert all(0 <= done <= total for done, total, _ in seen)
+    assert len({total for _, total, _ in seen}) == 1
+
+
+def test_labels_play_no_part():
+    graph, images = folded("plain"), quantized.calib(64)
+    plan, options = quantized.plan(graph, "w3a3"), Options(**FEW)
+    states = [
+        quantize(
+            *(graph, dataclasses.replace(images, labels=labels), plan, options),
+            rng=torch.Generator().manual_seed(0),
+            device=CPU,
+        )
+        for labels in (None, torch.arange(len(images.images)) % 10)
+    ]
+    assert same(*states)
+
+
+# --- faults
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_a_collapse_stops_the_training_and_the_start_is_kept(rate, caplog):
+    seen = []
+    state = run(
+        lr_weights=rate, lr_bias=rate, iterations=200, warm_up=0.0,
+        progress=lambda done, total, note: seen.append(done),
+    )  # fmt: skip
+    assert state.info["collapsed"]
+    assert state.info["iterations"] < 200
+    assert state.info["kept"] == "start"
+    assert "training stopped after" in caplog.text
+    assert state.info["collapsed"] in caplog.text
+    scores = state.info["heldout_distance"]
+    assert "trained" not in scores
+    assert min(scores.values()) == pytest.approx(judged("residual", state), rel=1e-4)
+
+
+def test_the_best_part_before_a_collapse_is_kept(monkeypatch):
+    real, calls = _trainer.Trainer._step, []
+
+    def spoiled(self, images):
+        calls.append(1)
+        return real(self, images) * (math.nan if len(calls) == 75 else 1.0)
+
+    monkeypatch.setattr(_trainer.Trainer, "_step", spoiled)
+    state = run(iterations=100)
+    assert state.info["collapsed"] == "the loss is not a finite number"
+    assert state.info["iterations"] == 75
+    assert state.info["kept"] == "best"
+    rows = [row["distance"] for row in state.info["trail"][:-1]]
+    assert judged("residual", state) == pytest.approx(min(rows), rel=1e-4)
+    assert "distance" not in state.info["last"]
+
+
+def test_a_blind_network_has_the_blind_distance():
+    graph = folded("residual")
+    targets, images = make_targets(graph, None, CPU), models.images(40, seed=4)
+    p = graph.module(images).double().softmax(1)
+    wanted = F.kl_div(p.mean(0).log().expand_as(p), p, reduction="batchmean")
+    assert blind_distance([images], targets, CPU) == pytest.approx(float(wanted), rel=1e-5)
+    state = quantized.quantize(graph, quantized.plan(graph, "w8a8"))
+    near = distance(graph, state, [images], targets, CPU)
+    assert near < 0.1 * float(wanted)
+
+
+# --- the same again
+
+
+def test_equal_seeds_give_equal_results_and_others_do_not():
+    first = run(iterations=20)
+    assert first.info["kept"] != "start"
+    assert same(first, run(iterations=20))
+    assert not same(first, run(iterations=20, seed=1))
+
+
+@pytest.mark.parametrize("parts", [1, 9])
+def test_a_killed_run_goes_on_behind_its_last_part(tmp_path, parts):
+    whole = run(iterations=23)
+    store = Store(tmp_path, fail_after=parts)
+    with pytest.raises(KeyboardInterrupt):
+        run(iterations=23, supplies=store.supplies())
+    store.fail_after = None
+    resumed = run(iterations=23, supplies=store.supplies())
+    assert store.made == 10
+    assert same(whole, resumed)
+    assert whole.info == resumed.info
+
+
+def test_little_time_shortens_the_work_and_says_so():
+    supplies = QuantizerSupplies(unfolded=classifiers.trained("residual"), seconds=1.5)
+    info = run(iterations=100_000, supplies=supplies).info
+    assert info["shortened"] is True
+    assert 1 <= info["iterations"] < 50_000
+    assert info["last"]["done"] == info["iterations"]
+
+
+# --- its parts
+
+
+def test_the_loss_is_kl_at_a_temperature_and_normalized_errors():
+    rng = torch.Generator().manual_seed(0)
+    wanted, found = (torch.randn(6, 10, generator=rng) * 3 for _ in "ab")
+    blocks = [torch.randn(6, 4, 5, 5, generator=rng) * k for k in (1, 100, 1, 100)]
+    kl = F.kl_div((found / 3).log_softmax(1), (wanted / 3).softmax(1), reduction="batchmean")
+    terms = [((b - a) ** 2).mean() / a.var() for a, b in ((blocks[0], blocks[2]), blocks[1::2])]
+    assert terms[0] == pytest.approx(float(terms[1]), rel=0.5)  # blocks count alike
+    value = Losses(3.0, 0.5, 7.0).of((wanted, blocks[:2]), (found, blocks[2:]))
+    assert float(value) == pytest.approx(float(0.5 * 9 * kl + 7 * sum(terms) / 2), rel=1e-5)
+    assert float(feature_loss(blocks[:2], blocks[:2])) == 0
+
+
+def test_a_teacher_of_a_pruned_network_is_what_it_was():
+    graph = classifiers.trained("residual")
+    keep = pruning.draw(graph, 0.3)
+    pruned = fold(remove(graph, keep))
+    targets = make_targets(pruned, Pruned(graph, keep), CPU)
+    teacher = Teacher(pruned, targets)
+    logits, found = teacher(HELD_OUT)
+    torch.testing.assert_close(logits, graph.module(HELD_OUT), rtol=1e-4, atol=1e-4)
+    result = next(n for n in pruned.module.graph.nodes if n.op == "output").args[0]
+    assert result.name not in teacher.exits  # the KL speaks of the output
+    assert targets.picks.keys() & set(teacher.exits)
+    state = quantized.quantize(pruned, quantized.plan(pruned, "w4a4"))
+    student = Student(pruned, state, StudentOptions(), device=CPU, exits=teacher.exits)
+    with torch.no_grad():
+        assert [v.shape for v in student.features(HELD_OUT)[1]] == [v.shape for v in found]
+
+
+def test_moved_images_are_mirrored_and_rolled():
+    images = models.images(12, seed=2)
+    found = _trainer.moved(images, 0.125, torch.Generator().manual_seed(0))
+    plain = 0
+    for image, other in zip(images, found, strict=True):
+        ways = {
+            (flip, down, right)
+            for flip in (False, True)
+            for down in range(-2, 3)
+            for right in range(-2, 3)
+            if torch.equal((image.flip(2) if flip else image).roll((down, right), (1, 2)), other)
+        }
+        assert len(ways) == 1
+        plain += ways == {(False, 0, 0)}
+    assert plain < 6
+    assert torch.equal(found, _trainer.moved(images, 0.125, torch.Generator().manual_seed(0)))
+
+
+def test_every_image_comes_once_before_any_comes_again():
+    trainer = object.__new__(_trainer.Trainer)
+    trainer.images = torch.arange(10.0).view(10, 1, 1, 1)
+    trainer.schedule = qat._schedule(Options(batch_size=5), CPU)
+    batches = trainer._batches(torch.Generator().manual_seed(0))
+    for _ in range(3):
+        pair = torch.cat([next(batches), next(batches)]).flatten()
+        assert sorted(pair.tolist()) == list(range(10))
+
+
+def test_half_precision_trains_as_well():
+    exact, half = (run(precision=p, iterations=60, batch_size=16) for p in ("auto", "bfloat16"))
+    ends = [[row["loss"] for row in state.info["trail"]] for state in (exact, half)]
+    assert ends[0] != ends[1]
+    assert ends[1][-1] < 0.8 * ends[1][0]
+    assert ends[1][-1] == pytest.approx(ends[0][-1], rel=0.3)
+
+
+def test_max_is_as_published_and_more_costs_more():
+    chosen = [plugin_options(qat, "qat", effort, {}) for effort in ("quick", "standard", "max")]
+    assert (chosen[2].iterations, chosen[2].batch_size, chosen[2].temperature) == (44_000, 128, 3.0)
+    passes = [qat.count_passes(one, 256) for one in chosen]
+    assert passes == sorted(passes)
+    small, large = (qat.count_bytes(Options(batch_size=n), folded("residual"), 64)
+                    for n in (4, 32))  # fmt: skip
+    assert 0 < small < large
+
+
+def test_a_build_ships_what_was_trained_and_the_engine_computes_it(shared, capsys):
+    few = ("--quantizer", "qat", "--bits", "w4a4", "--quantizer-option", "start=rtn")
+    few += ("--quantizer-option", "iterations=10", "--quantizer-option", "batch_size=4")
+    manifest = build(capsys, shared, *few)
+    about = manifest["quantization"]
+    assert about["quantizer"] == "qat"
+    assert about["kept"] in about["heldout_distance"]
+    assert about["last"]["done"] == 10
+    assert about["collapsed"] == ""
+    assert manifest["parity"]["argmax_agreement"] >= 99
