@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 
-
 from dfqc.compiler.cli import main
 from dfqc.compiler.recipe import make_recipe
 from dfqc.compiler.reproduce import build_command
