@@ -16,6 +16,7 @@ from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import _game, adadfq
+from dfqc.compiler.quantize._choice import judging_parts
 from dfqc.compiler.quantize._game_options import resolve
 from dfqc.compiler.recipe import make_recipe
 from dfqc.compiler.simulate import simulated
@@ -212,9 +213,9 @@ def test_the_kept_state_is_the_nearest_on_images_that_were_held_out():
     state = play()
     distances = state.info["heldout_distance"]
     assert distances[state.info["kept"]] == min(distances.values())
-    # Own: every fourth calibration image; none of the game's was shown to it.
-    own = divergence(state, quantized.calib().images[3::4])
-    expected = math.sqrt(own * divergence(state))
+    # Every fourth calibration image, moved; none of the game's was shown to it.
+    (images,) = judging_parts(quantized.calib().images[3::4], QuantizerSupplies())
+    expected = divergence(state, images)
     assert distances[state.info["kept"]] == pytest.approx(expected, rel=1e-3)
 
 

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from dfqc.compiler.contracts import QuantizerSupplies
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.quantize import reconstruct
+from dfqc.compiler.quantize._choice import judging_parts
 from dfqc.compiler.quantize.reconstruct import Options
 from dfqc.compiler.simulate import simulated
 
@@ -38,14 +37,29 @@ def error(net, state):
 
 
 def distance(net, state):
-    """Mean KL of the softmax in float64, geometric mean over own (every fourth) and held-out."""
-    graph, both = quantized.folded(net), []
-    for images in (quantized.calib().images[3::4], HELD_OUT):
-        with torch.no_grad():
-            wanted = graph.module(images).double().log_softmax(1)
-            found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
-        both.append(float((wanted.exp() * (wanted - found)).sum(1).mean()))
-    return math.sqrt(both[0] * both[1])
+    """Mean KL of the softmax in float64 on moved copies of what was put aside (every fourth)."""
+    graph, own = quantized.folded(net), quantized.calib().images[3::4]
+    (images,) = judging_parts(own, QuantizerSupplies(held_out=HELD_OUT))
+    with torch.no_grad():
+        wanted = graph.module(images).double().log_softmax(1)
+        found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
+    return float((wanted.exp() * (wanted - found)).sum(1).mean())
+
+
+def test_what_judges_are_moved_copies_of_what_was_put_aside():
+    own = quantized.calib().images[3::4]
+    (images,) = judging_parts(own, QuantizerSupplies(held_out=HELD_OUT))
+    assert len(images) == 2 * len(own)
+    assert torch.equal(images, judging_parts(own, QuantizerSupplies())[0])
+    assert not torch.equal(images[: len(own)], own)
+    total = own.double().sum((1, 2, 3)).repeat(2)  # moved pixels are all still there
+    torch.testing.assert_close(images.double().sum((1, 2, 3)), total)
+
+
+def test_of_few_images_the_held_out_ones_that_look_like_data_judge():
+    (images,) = judging_parts(torch.empty(0), QuantizerSupplies(held_out=HELD_OUT, fitting=5))
+    assert torch.equal(images, HELD_OUT[:5])
+    assert judging_parts(torch.empty(0), QuantizerSupplies()) == []
 
 
 def same(first, second):
@@ -127,11 +141,12 @@ def test_a_killed_run_goes_on_behind_its_last_unit(tmp_path, order):
 
 
 def test_caches_on_disk_and_recomputed_give_the_same():
-    # Not from the closed form: with less memory, that sees fewer images.
+    # Less than the interpreter has, enough for the biases. Not from the closed form: with less
+    # memory, that sees fewer images.
     plain = run(start="nearest")
     assert plain.info["spilled_bytes"] == 0
     tight = QuantizerSupplies(
-        unfolded=quantized.traced("residual"), held_out=HELD_OUT, memory_bytes=1
+        unfolded=quantized.traced("residual"), held_out=HELD_OUT, memory_bytes=64 << 20
     )
     spilled = run(start="nearest", supplies=tight)
     assert spilled.info["spilled_bytes"] > 0

@@ -131,7 +131,7 @@ def quantize(
     start = _start(graph, calib, plan, options, rng, device, report.start, supplies)
     graph = on_device(graph, device)
     images, own = split_judges(calib.images)
-    judges = judging_parts(own, supplies, others=False) or [images]
+    judges = judging_parts(own, supplies) or [images]
     targets = make_targets(graph, supplies.unpruned, device)
 
     def judge(state: QuantState) -> float:

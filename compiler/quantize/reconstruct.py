@@ -24,7 +24,7 @@ from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
 from dfqc.compiler.judging import augmented, split_judges
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn, squant
-from dfqc.compiler.quantize._choice import even, judging_parts, keep_best
+from dfqc.compiler.quantize._choice import judging_parts, keep_best
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
 from dfqc.compiler.quantize._targets import make_targets
@@ -190,7 +190,7 @@ def _reconstruct(
     judges = judging_parts(own, supplies) or [images]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
-    learning, choosing = augmented(images, options.copies, rng), even(judges[:2])
+    learning, choosing = augmented(images, options.copies, rng), judges[0]
     targets = make_targets(graph, supplies.unpruned, device)
     run = Run(
         *(graph, plan, options, learning, choosing),
