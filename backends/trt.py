@@ -29,6 +29,12 @@ TARGET = TargetSpec(
     clip="float",
     bias="float32",
     packed_int4=False,  # no TensorRT convolution takes INT4 weights
+    weight_only_ops=("Linear",),
+    weight_only_note="weight-only: up to 4 bits as INT4 blocks where they fit, else INT8 codes; "
+    "the product is computed in float",
+    block_int4=True,
+    bases=("fp32", "fp16"),
+    engine_file="model.plan",
     kernel_note="TensorRT has no INT4 convolution: values on the narrow grid run on INT8 kernels",
 )
 
