@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
-from dfqc.compiler.contracts import QParams, QTensor, WeightGrid
+from dfqc.compiler.contracts import QParams, QTensor, QuantState, WeightGrid
 from dfqc.compiler.spec import QScheme
 
 INT32_MAX = 2**31 - 1
 # Biases may use this much of int32: the accumulator needs the rest.
 BIAS_LIMIT = 2**30
 SMALLEST_SCALE = 1e-30
+_SMALLEST_HALF = 2.0**-24  # the smallest positive float16
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: QScheme) -> Tensor:
@@ -108,6 +110,27 @@ def bias_codes(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor
 def bias_scale(input_scale: float, weight_scale: Tensor) -> Tensor:
     """Return the float32 step of the bias grid, one per output channel."""
     return torch.tensor(input_scale, dtype=torch.float32) * weight_scale
+
+
+def half_scales(state: QuantState) -> QuantState:
+    """Return the state with every scale a float16 number: what a file in float16 can hold.
+
+    Codes stay; a scale moves by 2^-12 of itself at most, at the ends of an 8-bit grid 1/32 of a
+    step. Scales below float16's smallest number are raised to it: zero is no scale.
+    """
+    weights = {
+        name: QTensor(w.codes, _half(w.scale).to(w.scale.device))
+        for name, w in state.weights.items()
+    }
+    acts = {
+        name: QParams(float(_half(torch.tensor(grid.scale))), grid.zero_point)
+        for name, grid in state.acts.items()
+    }
+    return dataclasses.replace(state, weights=weights, acts=acts)
+
+
+def _half(scale: Tensor) -> Tensor:
+    return scale.clamp(min=_SMALLEST_HALF).half().float()
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("dfqc.job")
 
 # What does not change the model that comes out: checks and limits around it.
-_AROUND = ("eval-data", "max-drop", "min-speedup", "batch", "threads", "budget", "memory")
+_AROUND = ("eval-data", "max-drop", "min-speedup", "batch", "threads", "budget", "memory",
+           "require-engine")  # fmt: skip
 
 
 @dataclass(frozen=True)

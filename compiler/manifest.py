@@ -17,6 +17,7 @@ from dfqc.compiler.errors import (
     EnvironmentFault,
     ParityGateError,
     SpeedGateError,
+    UnsupportedError,
 )
 from dfqc.compiler.evaluate import agrees
 from dfqc.compiler.job import Job
@@ -25,10 +26,13 @@ from dfqc.compiler.pipeline import Build
 from dfqc.compiler.pruning_report import describe_pruning
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
+from dfqc.compiler.stages_target import CHECK, list_broken
 from dfqc.compiler.storage import INFO, NAMES
 
-# The gravest first: a wrong engine's accuracy and speed mean nothing.
+# The gravest first: a file that is refused makes no engine, and a wrong engine's accuracy and speed
+# mean nothing.
 EXIT_CODES = {
+    "rules": UnsupportedError.exit_code,
     "parity": ParityGateError.exit_code,
     "parity_eval": ParityGateError.exit_code,
     "max_drop": AccuracyGateError.exit_code,
@@ -51,7 +55,8 @@ def assemble(build: Build) -> dict[str, Any]:
     """Return the manifest; `files` is filled in by the package writer."""
     job, facts = build.job, build.data("trace", FACTS)
     metrics, parity = _metrics(build), _parity(build)
-    gates = check_gates(job, metrics, parity)
+    checked = build.data("check", CHECK) if hasattr(job.backend, "check") else None
+    gates = check_gates(job, metrics, parity, checked)
     code = exit_code(job, gates)
     return {
         "schema": SCHEMA,
@@ -75,9 +80,10 @@ def assemble(build: Build) -> dict[str, Any]:
         "metrics": metrics,
         "size": build.data("lower", NAMES)["sizes"],
         "parity": parity,
+        "target_check": checked,
         "calib": _calib(build),
         "gates": gates,
-        "notes": _notes(job, facts["image"]),
+        "notes": _notes(job, facts["image"], checked),
         "stages": [dataclasses.asdict(record) for record in build.records],
         "pruning": describe_pruning(build),
         "allocation": ledger.describe_allocation(build),
@@ -88,10 +94,15 @@ def assemble(build: Build) -> dict[str, Any]:
 
 
 def check_gates(
-    job: Job, metrics: Mapping[str, Any], parity: Mapping[str, Any]
+    job: Job,
+    metrics: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    checked: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return every gate that was set, and parity, which always is; a missing value fails."""
     gates = []
+    if checked is not None:
+        gates.append(_gate("rules", checked["errors"], 0, checked["errors"] == 0))
     if job.runtime is not None:
         limit = parity["tolerance"]["argmax_agreement"]
         passed = parity["passed"]
@@ -114,14 +125,16 @@ def check_gates(
 def exit_code(job: Job, gates: list[dict[str, Any]]) -> int:
     """Return the code of the gravest failed gate, 8 if nothing could be verified, else 0.
 
-    Without a runtime, what was not measured has not failed.
+    Without a runtime, what was not measured has not failed. A target whose engine is built on the
+    device owes none here, unless one is required or a gate needs it.
     """
     unknown = [gate for gate in gates if job.runtime is None and gate["value"] is None]
     failed = [gate["name"] for gate in gates if not gate["passed"] and gate not in unknown]
     for name, code in EXIT_CODES.items():
         if name in failed:
             return code
-    return 0 if job.runtime is not None else EnvironmentFault.exit_code
+    later = job.backend.TARGET.engine_file and not job.recipe.require_engine and not unknown
+    return 0 if job.runtime is not None or later else EnvironmentFault.exit_code
 
 
 def verdict(manifest: Mapping[str, Any]) -> str:
@@ -240,9 +253,12 @@ def _quality(score: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _notes(job: Job, image: Mapping[str, Any]) -> list[str]:
+def _notes(
+    job: Job, image: Mapping[str, Any], checked: Mapping[str, Any] | None = None
+) -> list[str]:
     assumed = assumed_note(image)
     notes = [assumed] if assumed else []
+    notes += list_broken(checked)
     if job.runtime is not None:
         return notes
     unverified = (
@@ -250,6 +266,8 @@ def _notes(job: Job, image: Mapping[str, Any]) -> list[str]:
         f"({job.no_runtime}). The model was written, checked as ONNX and simulated, but no "
         "engine was run"
     )
+    if job.backend.TARGET.engine_file:
+        unverified += f"; finish it on the device: dfqc engine {job.output}"
     return [unverified, *notes]
 
 

@@ -16,6 +16,7 @@ from dfqc.compiler import (
     stages_calib,
     stages_engine,
     stages_prune,
+    stages_target,
     storage,
 )
 from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
@@ -167,7 +168,7 @@ STAGES: tuple[Stage, ...] = (
         stages.correct,
         storage.save_state,
         storage.load_state,
-        options=depend.pick("bias-correction"),
+        options=depend.pick("bias-correction", "trt-base"),
         environment=depend.compute,
         code=depend.modules("passes.bias"),
     ),
@@ -215,6 +216,17 @@ STAGES: tuple[Stage, ...] = (
         environment=depend.versions("torch"),
         code=depend.backend("simulate", "verify_package"),
     ),
+    # Where the engine is built elsewhere: does the file hold the rules that it will be read by?
+    Stage(
+        "check",
+        ("lower", "golden"),
+        stages_target.check,
+        stages_target.save_check,
+        stages_target.load_check,
+        options=depend.pick("target"),
+        environment=depend.versions("onnx", "onnxruntime"),
+        code=depend.backend("inspection"),
+    ),
     # Before any figure is believed: does the engine compute what was simulated?
     Stage(
         "verify",
@@ -249,7 +261,7 @@ STAGES: tuple[Stage, ...] = (
     ),
 )
 # What cannot be done where the target's runtime is missing.
-ON_ENGINE = ("verify", "bench")
+ON_ENGINE: tuple[str, ...] = ("verify", "bench")
 
 
 @dataclass(frozen=True)
@@ -274,10 +286,10 @@ class Build:
 
 
 def stages_for(job: Job) -> tuple[Stage, ...]:
-    """Return the stages that this machine can run."""
-    if job.runtime is not None:
-        return STAGES
-    return tuple(stage for stage in STAGES if stage.name not in ON_ENGINE)
+    """Return the stages that this machine can run, and that this target has."""
+    left = () if job.runtime is not None else ON_ENGINE
+    left += () if hasattr(job.backend, "check") else ("check",)
+    return tuple(stage for stage in STAGES if stage.name not in left)
 
 
 def make_driver(

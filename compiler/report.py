@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler._html import ABSENT, Markup, bullets, page, pairs, section, table
 from dfqc.compiler.pruning_report import pruning_html
+from dfqc.compiler.target_report import rules_html
 from dfqc.compiler.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
         section("Accuracy and fidelity", _metrics(manifest)),
         section("Latency", _latency(manifest)),
         section("Size", _size(manifest)),
+        section("Rules of the target", rules_html(manifest.get("target_check"))),
         section("Calibration images", _calibration(manifest, contact_sheet_png)),
         section("Pruning", pruning_html(manifest)),
         section("Precision ledger", _ledger(manifest.get("layers", []))),

@@ -228,6 +228,15 @@ def check_bits(bits: Bits, target: TargetSpec, *, where: str) -> None:
         )
 
 
+def check_base(base: str, target: TargetSpec) -> None:
+    """Refuse a type of the unquantized rest that the target is not written in (exit 2)."""
+    if base not in target.bases:
+        raise UsageError(
+            f"--trt-base {base}: target '{target.name}' is written in {', '.join(target.bases)}; "
+            "it goes with --target trt"
+        )
+
+
 def _spans(values: tuple[int, ...]) -> str:
     return ", ".join(str(v) for v in values)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqc.compiler import machine, plugins
+from dfqc.compiler import plugins
 from dfqc.compiler.contracts import ImageSpec, Lowered, QuantizerSupplies, QuantState
 from dfqc.compiler.driver import Context
 from dfqc.compiler.errors import EnvironmentFault, LoadError, UnsupportedError
@@ -252,11 +252,13 @@ def quantize(context: Context) -> QuantState:
 
 def correct(context: Context) -> QuantState:
     """Undo the mean error of every layer in its bias."""
+    from dfqc.compiler.affine import half_scales
     from dfqc.compiler.passes import bias
     from dfqc.compiler.stages_prune import unfolded_graph
 
-    method = context.settings.recipe.bias_correction
-    return bias.correct(
+    recipe = context.settings.recipe
+    method = recipe.bias_correction
+    state = bias.correct(
         context.value("fold"),
         unfolded_graph(context),
         context.value("quantize"),
@@ -266,6 +268,7 @@ def correct(context: Context) -> QuantState:
         held_out=context.value("holdout").images,
         progress=context.progress(),
     )
+    return half_scales(state) if recipe.trt_base == "fp16" else state
 
 
 def export_float(context: Context) -> bytes:
@@ -278,13 +281,14 @@ def export_float(context: Context) -> bytes:
 
 def lower(context: Context) -> tuple[Lowered, dict[str, int]]:
     """Write the model as the target wants it; beside it, the sizes of the models."""
+    from dfqc.compiler.file_metadata import describe_file
     from dfqc.compiler.sizes import ideal_bytes
 
     job: Job = context.settings
     graph, state = context.value("fold"), context.value("correct")
     facts = load_json(context.path("trace", FACTS))
     lowered: Lowered = job.backend.lower(
-        graph, state, metadata=file_metadata(job, facts, state.plan)
+        graph, state, metadata=describe_file(job, facts, state.plan)
     )
     sizes = {
         "float_bytes": context.path("float", FLOAT_MODEL).stat().st_size,
@@ -292,27 +296,6 @@ def lower(context: Context) -> tuple[Lowered, dict[str, int]]:
         "ideal_bytes": ideal_bytes(graph, state),
     }
     return lowered, sizes
-
-
-def file_metadata(job: Job, facts: Mapping[str, Any], plan: Plan) -> dict[str, str]:
-    """Return what the file says of itself: enough to trace it back, and to feed it rightly."""
-    image = facts["image"]
-    metadata = {
-        "dfqc.version": str(machine.version("dfqc")),
-        "dfqc.target": job.recipe.target,
-        "dfqc.bits": job.recipe.bits,
-        "dfqc.seed": str(job.recipe.seed),
-        "dfqc.recipe_sha256": job.recipe_digest(),
-        "dfqc.source_sha256": facts["sha256"],
-        "dfqc.input": "RGB / 255, resized, center-cropped, (x - mean) / std, NCHW float32",
-        "dfqc.input_size": "x".join(map(str, image["size"])),
-        "dfqc.resize": str(image["resize"] or ""),
-        "dfqc.mean": ",".join(map(str, image["mean"])),
-        "dfqc.std": ",".join(map(str, image["std"])),
-    }
-    if not plan.quantizers and any(layer.weight for layer in plan.layers.values()):
-        metadata["dfqc.weight_only"] = "true"
-    return metadata
 
 
 def model_facts(graph: Graph) -> dict[str, Any]:
