@@ -124,7 +124,7 @@ def engine(
     with only_results_on_stdout():
         result = run_engine(package, options)
     emit(result, describe_engine(result), as_json=json)
-    failed = [gate["name"] for gate in result["gates"] if not gate["passed"]]
+    failed = [gate["name"] for gate in result.get("gates", ()) if not gate["passed"]]
     if result.get("build") and "parity" in failed:
         typer.echo("dfqc: the engine is built, and computes something else (parity)", err=True)
         raise typer.Exit(ParityGateError.exit_code)

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, numpy_helper
 
 import quantized
@@ -99,7 +100,9 @@ def test_a_weight_only_product_is_stored_in_int4_blocks():
     assert scales.shape == (1, 10)
     assert files.named(model, "head").op_type == "MatMul"
     assert graph.module.get_submodule("head").bias is not None
-    assert [n.op_type for n in files.readers(model, files.named(model, "head").output[0])] == ["Add"]
+    assert [n.op_type for n in files.readers(model, files.named(model, "head").output[0])] == [
+        "Add"
+    ]
 
 
 def test_weight_only_convolutions_are_left_in_float_and_the_plan_says_so():
@@ -171,3 +174,16 @@ def test_the_checked_file_is_plain_data(tmp_path):
     (row,) = (r for r in trt.check(path) if r["rule"] == "opset")
     assert row["severity"] == "error"
     assert "opset 25" in row["message"]
+
+
+def test_a_bias_of_zeros_that_the_exporter_drops_is_none(tmp_path, images):
+    """Classifiers begin with one; the file then simply has no bias."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = files.Everything()
+    torch.nn.init.zeros_(net.head.bias)
+    graph = quantized.fold_module(net)
+    state = quantized.quantize(graph, quantized.plan(graph, "w8a8", target=trt.TARGET))
+    found = run(trt.lower(graph, state, metadata={}).model, tmp_path, images)
+    expected = TorchRunner(simulated(graph, state, integer=False)).infer(images)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
