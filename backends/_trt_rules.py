@@ -13,6 +13,7 @@ from onnx import ModelProto
 
 from dfqc.backends import _trt_rules_codes as codes
 from dfqc.backends import _trt_rules_graph as graph
+from dfqc.backends import _trt_rules_int4 as int4
 from dfqc.backends import _trt_rules_placement as placement
 from dfqc.backends._trt_view import Fault, View
 
@@ -68,12 +69,12 @@ RULES: tuple[Rule, ...] = (
     Rule("activation-per-tensor", f"{_GUIDE}: per tensor only", codes.activation_per_tensor),
     Rule("weight-axis", f"{_GUIDE}: weights per output channel", codes.weight_axis),
     Rule("block-shape", f"{_HEADER}: one blocked dimension, of the last two", codes.block_shape),
-    Rule("int4-even", f"{_PARSER}: two to a byte", codes.int4_even),
-    Rule("int4-last-even", f"{_PARSER} of 10.1", codes.int4_last_even, "warning"),
-    Rule("int4-reader", f"{_HEADER}: INT4 is read by dequantization alone", codes.int4_reader),
-    Rule("int4-activation", f"{_GUIDE}: INT4 is weight-only", codes.int4_activation),
-    Rule("int4-conv", "Model-Optimizer #178: no INT4 convolution", codes.int4_conv),
-    Rule("int4-weight-only", f"{_GUIDE}: float math behind INT4", codes.int4_beside_codes),
+    Rule("int4-even", f"{_PARSER}: two to a byte", int4.int4_even),
+    Rule("int4-last-even", f"{_PARSER} of 10.1", int4.int4_last_even, "warning"),
+    Rule("int4-reader", f"{_HEADER}: INT4 is read by dequantization alone", int4.int4_reader),
+    Rule("int4-activation", f"{_GUIDE}: INT4 is weight-only", int4.int4_activation),
+    Rule("int4-conv", "Model-Optimizer #178: no INT4 convolution", int4.int4_conv),
+    Rule("int4-weight-only", f"{_GUIDE}: float math behind INT4", int4.int4_beside_codes),
     Rule("float-bias", "IConvolutionLayer: bias of the type of the math", placement.float_bias),
     Rule("one-float-type", "strongly typed networks do not cast", placement.one_float_type),
     Rule("codes-read-by-dq", f"{_GUIDE}: Q and DQ in pairs", placement.codes_read_by_dq),

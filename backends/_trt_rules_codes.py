@@ -9,8 +9,6 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from dfqc.backends._trt_view import (
-    CONVOLUTIONS,
-    LAYERS,
     Fault,
     View,
     attribute,
@@ -26,7 +24,8 @@ _FLOAT16_MAX = float(np.finfo(np.float16).max)
 def uint8_codes(view: View) -> Iterator[Fault]:
     """No uint8: the parser refuses it."""
     for node in _pairs(view):
-        if has_type(view, node, TensorProto.UINT8) and has_input(node, 2):
+        silent = node.op_type == "QuantizeLinear" and not _says_type(node)  # a rule of its own
+        if view.code_type(node) == TensorProto.UINT8 and not silent:
             yield Fault(view.label(node), "got uint8 codes, expected int8", _INT8_GRID)
 
 
@@ -54,7 +53,7 @@ def int32_codes(view: View) -> Iterator[Fault]:
 def missing_zero_point(view: View) -> Iterator[Fault]:
     """A Q says that its codes are int8: ONNX's default is uint8, TensorRT's int8."""
     for node in view.of("QuantizeLinear"):
-        if not has_input(node, 2) and not attribute(node, "output_dtype"):
+        if not _says_type(node):
             yield Fault(
                 view.label(node),
                 "has neither zero point nor output_dtype: uint8 to ONNX, int8 to TensorRT",
@@ -167,7 +166,7 @@ def activation_per_tensor(view: View) -> Iterator[Fault]:
 
 def weight_axis(view: View) -> Iterator[Fault]:
     """Weights have one scale, or one per output channel, along the right axis."""
-    for layer, node in _weights(view):
+    for layer, node in view.weighted_layers():
         scale, shape = view.array(node.input[1]), _shape(view, node.input[0])
         if scale is None or scale.size == 1 or shape is None or attribute(node, "block_size"):
             continue
@@ -200,90 +199,12 @@ def block_shape(view: View) -> Iterator[Fault]:
             )
 
 
-def int4_even(view: View) -> Iterator[Fault]:
-    """INT4 tensors have an even number of elements."""
-    for name, shape in _int4(view):
-        if math.prod(shape) % 2:
-            yield Fault(
-                name,
-                f"got {math.prod(shape)} INT4 elements, expected an even number",
-                "store this weight as int8 codes",
-            )
-
-
-def int4_last_even(view: View) -> Iterator[Fault]:
-    """The parser of 10.1 wanted the last dimension even."""
-    for name, shape in _int4(view):
-        if shape and shape[-1] % 2 and math.prod(shape) % 2 == 0:
-            yield Fault(
-                name,
-                f"its last dimension is {shape[-1]}, expected an even one before TensorRT 10.2",
-                "use a newer TensorRT, or store this weight as int8 codes",
-            )
-
-
-def int4_reader(view: View) -> Iterator[Fault]:
-    """INT4 constants are read by DQ, not by a Cast."""
-    for name, _ in _int4(view):
-        for node in view.readers.get(name, ()):
-            if node.op_type != "DequantizeLinear":
-                yield Fault(
-                    view.label(node),
-                    f"{node.op_type} reads the INT4 tensor {name!r}, expected DequantizeLinear",
-                    "store the codes as int8, or dequantize INT4 in blocks",
-                )
-
-
-def int4_activation(view: View) -> Iterator[Fault]:
-    """No Q writes INT4."""
-    for node in view.of("QuantizeLinear"):
-        if view.code_type(node) == TensorProto.INT4 and not view.is_weight(node):
-            yield Fault(
-                view.label(node),
-                "quantizes an activation to INT4, which is for weights only",
-                "write int8 codes behind a float Clip to the narrow grid",
-            )
-
-
-def int4_conv(view: View) -> Iterator[Fault]:
-    """No convolution has INT4 weights."""
-    for layer, node in _weights(view):
-        if layer.op_type in CONVOLUTIONS and view.code_type(node) == TensorProto.INT4:
-            yield Fault(
-                view.label(layer),
-                "a convolution with INT4 weights, for which TensorRT has no kernel",
-                "store the codes as int8: they keep the narrow grid",
-            )
-
-
-def int4_beside_codes(view: View) -> Iterator[Fault]:
-    """INT4 weights go with float activations."""
-    for layer, node in _weights(view):
-        if view.code_type(node) != TensorProto.INT4 or layer.op_type in CONVOLUTIONS:
-            continue
-        if view.dequantize(layer.input[0]) is not None:
-            yield Fault(
-                view.label(layer),
-                "INT4 weights beside quantized activations: the product is computed in float",
-                "store the weight as int8 codes, or leave the activation in float (w4a16)",
-            )
-
-
-def has_type(view: View, node: NodeProto, kind: int) -> bool:
-    """Report whether the codes of a Q or DQ have this type."""
-    return view.code_type(node) == kind
+def _says_type(node: NodeProto) -> bool:
+    return has_input(node, 2) or attribute(node, "output_dtype") != 0
 
 
 def _pairs(view: View) -> list[NodeProto]:
     return view.of("QuantizeLinear", "DequantizeLinear")
-
-
-def _weights(view: View) -> Iterator[tuple[NodeProto, NodeProto]]:
-    """Yield layers with the DQ of their weight."""
-    for layer in view.of(*LAYERS):
-        node = view.dequantize(layer.input[1])
-        if node is not None and view.is_weight(node):
-            yield layer, node
 
 
 def _output_axis(layer: NodeProto, rank: int) -> int:
@@ -299,11 +220,3 @@ def _output_axis(layer: NodeProto, rank: int) -> int:
 def _shape(view: View, name: str) -> tuple[int, ...] | None:
     tensor = view.tensors.get(name)
     return tuple(tensor.dims) if tensor is not None else None
-
-
-def _int4(view: View) -> list[tuple[str, tuple[int, ...]]]:
-    return [
-        (name, tuple(tensor.dims))
-        for name, tensor in view.tensors.items()
-        if tensor.data_type == TensorProto.INT4
-    ]

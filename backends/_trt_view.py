@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,13 @@ class View:
             name = made.input[0]
             made = self.producer.get(name)
         return name in self.tensors
+
+    def weighted_layers(self) -> Iterator[tuple[NodeProto, NodeProto]]:
+        """Yield layers with the DQ of their weight."""
+        for layer in self.of(*LAYERS):
+            node = self.dequantize(layer.input[1])
+            if node is not None and self.is_weight(node):
+                yield layer, node
 
     def dequantize(self, name: str) -> NodeProto | None:
         """Return the DQ that writes `name`, if one does."""
