@@ -236,7 +236,7 @@ def _finished_manifest(
         **kept,
         "engine": engine,
         "status": "failed" if failed else "passed",
-        "exit_code": _exit_code(old, passed),
+        "exit_code": _exit_code(old, passed, bool(failed)),
         "metrics": metrics,
         "parity": {**old.get("parity", {}), **_parity_fields(parity)},
         "gates": gates,
@@ -247,12 +247,15 @@ def _finished_manifest(
     }
 
 
-def _exit_code(old: Mapping[str, Any], passed: bool) -> int:
-    """Return the build's code; 8, an engine that was missing, is mended."""
+def _exit_code(old: Mapping[str, Any], passed: bool, failed: bool) -> int:
+    """Return the build's code; 8, an engine that was missing, is mended unless a gate stays open.
+
+    The float control is not timed here, so a speed gate that was open stays open.
+    """
     if not passed:
         return ParityGateError.exit_code
     code = int(old.get("exit_code") or 0)
-    return 0 if code == EnvironmentFault.exit_code else code
+    return 0 if code == EnvironmentFault.exit_code and not failed else code
 
 
 def _parity_fields(parity: Mapping[str, Any] | None) -> dict[str, Any]:

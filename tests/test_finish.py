@@ -92,6 +92,18 @@ def test_an_engine_that_computes_something_else_fails_the_parity_gate(
     assert (unfinished / "model.plan").is_file()
 
 
+def test_a_speed_gate_stays_open_without_a_float_control(unfinished, monkeypatch, tmp_path):
+    fake_trt.install(monkeypatch, fake_trt.VERSIONS[1])
+    opened = package.open_package(unfinished)
+    gate = {"name": "min_speedup", "value": None, "limit": 1.5, "passed": False}
+    manifest = {k: v for k, v in opened.manifest.items() if k != "files"} | {"gates": [gate]}
+    contents = {name: unfinished / name for name in opened.manifest["files"]}
+    package.write_package(tmp_path / "gated", manifest, contents)
+    done = finish.run_engine(tmp_path / "gated", finish.EngineOptions(cache_dir=tmp_path))
+    assert (done["status"], done["exit_code"]) == ("failed", 8)
+    assert gate in done["gates"]
+
+
 def test_a_changed_package_is_not_finished(unfinished, capsys, monkeypatch):
     fake_trt.install(monkeypatch, fake_trt.VERSIONS[0])
     (unfinished / "layers.csv").write_text("changed")
