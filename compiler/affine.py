@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from dfqc.compiler.contracts import QParams, QTensor, QuantState, WeightGrid
+from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.spec import QScheme
 
 INT32_MAX = 2**31 - 1
 # Biases may use this much of int32: the accumulator needs the rest.
 BIAS_LIMIT = 2**30
 SMALLEST_SCALE = 1e-30
+_LARGEST_HALF = 65504.0
 _SMALLEST_HALF = 2.0**-24  # the smallest positive float16
 
 
@@ -116,8 +118,15 @@ def half_scales(state: QuantState) -> QuantState:
     """Return the state with every scale a float16 number: what a file in float16 can hold.
 
     Codes stay; a scale moves by 2^-12 of itself at most, at the ends of an 8-bit grid 1/32 of a
-    step. Scales below float16's smallest number are raised to it: zero is no scale.
+    step. Scales below float16's smallest number are raised to it: zero is no scale. A grid that
+    float16 cannot reach raises `UnsupportedError`.
     """
+    for name, grid in state.acts.items():
+        if 128 * grid.scale > _LARGEST_HALF:
+            raise UnsupportedError(
+                f"{name}: its values reach {128 * grid.scale:.3g}, float16 ends at "
+                f"{_LARGEST_HALF:.0f}; build with --trt-base fp32"
+            )
     weights = {
         name: QTensor(w.codes, _half(w.scale).to(w.scale.device))
         for name, w in state.weights.items()

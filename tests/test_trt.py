@@ -1,5 +1,7 @@
 """The `trt` target: what its file computes, in float32 and float16, and how weights are stored."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +13,8 @@ import trt_files as files
 from dfqc.backends import _qdq_half, ort, trt
 from dfqc.backends._qdq_write import block_size
 from dfqc.compiler.affine import half_scales
+from dfqc.compiler.contracts import QParams
+from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.simulate import TorchRunner, simulated
 
 # Rounding to float16 between layers (2^-11 of a value each) puts some codes on the other side of a
@@ -187,3 +191,11 @@ def test_a_bias_of_zeros_that_the_exporter_drops_is_none(tmp_path, images):
     found = run(trt.lower(graph, state, metadata={}).model, tmp_path, images)
     expected = TorchRunner(simulated(graph, state, integer=False)).infer(images)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_values_that_float16_cannot_hold_are_refused():
+    _, state = files.state("w8a8")
+    name = next(iter(state.acts))
+    acts = {**state.acts, name: QParams(600.0, 0)}
+    with pytest.raises(UnsupportedError, match=f"{name}.*--trt-base fp32"):
+        half_scales(dataclasses.replace(state, acts=acts))

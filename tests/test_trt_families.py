@@ -10,10 +10,12 @@ import quantized
 from dfqc.backends import _trt_rules, trt
 from dfqc.compiler.affine import half_scales
 from dfqc.compiler.contracts import CalibSet, ImageSpec
+from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import rtn
 from test_families import FAMILIES, build
 
+OVERFLOWS = ("inception_v3",)  # with these random weights its values leave float16
 QUICK = ("mobilenetv3_small_050", "torchvision:squeezenet1_1")
 
 
@@ -49,6 +51,10 @@ def test_some_families_hold_the_rules(family):
 @pytest.mark.parametrize(("bits", "base"), [("w8a8", "fp16"), ("w4a4", "fp32")])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_every_family_holds_the_rules(family, bits, base):
+    if base == "fp16" and family.name in OVERFLOWS:
+        with pytest.raises(UnsupportedError, match="build with --trt-base fp32"):
+            broken(family, bits, base)
+        return
     found, planned = broken(family, bits, base)
     assert found == []
     assert planned > 0
