@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from onnx_ir.passes.common import (
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dfqc.backends._qdq_concat import share_concat_grids
 from dfqc.backends._qdq_fuse import absorb_pads, drop_subsumed_activations, pool_on_integers
 from dfqc.backends._qdq_write import QdqWriter
 from dfqc.compiler.contracts import Lowered, QuantState
@@ -73,7 +74,12 @@ class TappedLayer(nn.Module):
 
 
 def lower(
-    graph: Graph, state: QuantState, target: TargetSpec, *, metadata: Mapping[str, str]
+    graph: Graph,
+    state: QuantState,
+    target: TargetSpec,
+    *,
+    metadata: Mapping[str, str],
+    finish: Callable[[ir.Model], None] = lambda model: None,
 ) -> Lowered:
     """Return the QDQ model of a folded graph as the target wants it written.
 
@@ -82,6 +88,7 @@ def lower(
         state: plan, codes, biases and grids.
         target: how this target wants Q/DQ, clips, biases and 4-bit weights.
         metadata: written into the model last, after all exporter metadata is stripped.
+        finish: last rewrite of the target's own, before values are named.
 
     Raises:
         RuntimeError: a planned tensor or weight was not found in the exported model.
@@ -96,8 +103,12 @@ def lower(
     writer = QdqWriter(model, state, target)
     writer.run()
     absorb_pads(model)
+    if target.placement == "inputs":
+        share_concat_grids(model, writer.saturating)
     drop_subsumed_activations(model, writer.saturating)
-    pool_on_integers(model)
+    if target.placement == "integer":
+        pool_on_integers(model)
+    finish(model)
     taps, layers = writer.name_values()
     return Lowered(_serialize(model, target, metadata), taps, layers)
 

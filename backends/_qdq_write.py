@@ -13,6 +13,7 @@ from dfqc.compiler.contracts import QParams, QuantState
 from dfqc.compiler.spec import LayerPlan, QScheme, Quantizer, TargetSpec
 
 PACKED_BITS = 4  # weights of this many bits and fewer are stored two to a byte
+BLOCKS = (128, 64, 32, 16)  # inputs that share a scale in a weight-only INT4 product
 HELPER = "%"  # begins the names that are not the user's, so that the two never meet
 
 
@@ -106,6 +107,13 @@ class QdqWriter:
             self.graph.remove(transpose, safe=True)
             users = [use.node for use in tap.outputs[0].uses()]
         (user,) = users
+        if self.target.block_int4 and layer.exported.weight_only:
+            block = block_size(codes.shape[1 - axis], codes.shape[axis])
+            if layer.weight.bits <= PACKED_BITS and block:
+                if axis == 0:
+                    codes = np.ascontiguousarray(codes.T)
+                self._weight_blocks(tap, layer, codes, block)
+                return
         name = f"{layer.name}.weight"
         nodes: list[ir.Node] = []
         source = self._initializer(name, _pack(codes, layer.weight.bits, self.target))
@@ -122,6 +130,37 @@ class QdqWriter:
         user.name = layer.name
         self.layers[layer.name] = user.outputs[0]
 
+    def _weight_blocks(self, tap: ir.Node, layer: LayerPlan, codes: np.ndarray, block: int) -> None:
+        """Write INT4 codes (in, out) with a scale per block of inputs, read by a MatMul.
+
+        The scales of a channel's blocks are equal: the grid is the simulation's, per channel. What
+        the blocks buy is the engine's weight-only kernel.
+        """
+        (user,) = [use.node for use in tap.outputs[0].uses()]
+        if user.op_type == "Gemm":
+            user = self._split_gemm(user, tap)
+        name = f"{layer.name}.weight"
+        source = self._initializer(name, codes.astype(ml_dtypes.int4))
+        scale = self.state.weights[layer.name].scale.cpu().numpy()
+        scales = np.ascontiguousarray(np.broadcast_to(scale, (len(codes) // block, len(scale))))
+        step = self._initializer(_scale_name(name), scales)
+        attributes = {"axis": 0, "block_size": block}
+        self._swap(tap, [ir.node("DequantizeLinear", [source, step], attributes)])
+        self._bias(user, layer, step)
+        user.name = layer.name
+        self.layers[layer.name] = user.outputs[0]
+
+    def _split_gemm(self, gemm: ir.Node, tap: ir.Node) -> ir.Node:
+        """Replace a Gemm by a MatMul on a weight (in, out), and an Add where it has a bias."""
+        product = ir.node("MatMul", [gemm.inputs[0], tap.outputs[0]])
+        nodes = [product]
+        if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
+            nodes.append(ir.node("Add", [product.outputs[0], gemm.inputs[2]]))
+        self.graph.insert_before(gemm, nodes)
+        _replace_uses(gemm.outputs[0], nodes[-1].outputs[0])
+        self.graph.remove(gemm, safe=True)
+        return product
+
     def _bias(self, user: ir.Node, layer: LayerPlan, weight_step: ir.Value) -> None:
         """Store the bias on the int32 grid of input scale times weight scale.
 
@@ -132,6 +171,8 @@ class QdqWriter:
         if bias is None:
             return
         slot = self._bias_slot(user)
+        if slot is None and not bias.any():
+            return  # the exporter drops a bias of zeros
         if slot is None:
             raise RuntimeError(f"{layer.name}: its bias was not found in the exported model")
         node, index = slot
@@ -191,6 +232,14 @@ class QdqWriter:
         )
         self.graph.register_initializer(value)
         return value
+
+
+def block_size(inputs: int, outputs: int) -> int:
+    """Return the block of a weight-only INT4 product: the largest that divides its inputs.
+
+    0 where there is none, and where two codes to a byte do not fill the rows of all parsers.
+    """
+    return next((b for b in BLOCKS if inputs % b == 0 and outputs % 2 == 0), 0)
 
 
 def _scale_name(name: str) -> str:

@@ -67,13 +67,21 @@ def lower_float(graph: Graph) -> bytes:
     return _qdq.lower_float(graph, TARGET)
 
 
-def open_runner(model: Path, *, threads: int | None = None, max_batch: int = MAX_BATCH) -> Runner:
+def open_runner(
+    model: Path,
+    *,
+    threads: int | None = None,
+    max_batch: int = MAX_BATCH,
+    as_written: bool = False,
+) -> Runner:
     """Open `model.onnx`. `threads` None: one per core that this process may use.
 
+    With `as_written` node by node, without rewriting the graph: slow, and what the file says. (In
+    float16 files the rewriting rounds biases with a float16 product of scales, which underflows.)
     Batches above `max_batch` are run in pieces, which bounds memory. A file that is no model
     raises `LoadError`, a missing runtime `EnvironmentFault`.
     """
-    return Runner(model, threads or machine.cpu_count(), max_batch)
+    return Runner(model, threads or machine.cpu_count(), max_batch, as_written)
 
 
 def executed(model: Path, layers: Mapping[str, str]) -> dict[str, str]:
@@ -105,12 +113,13 @@ def optimized(model: Path) -> ModelProto:
 class Runner:
     """An open session: float32 (n, c, h, w) in normalized space in, the first output back."""
 
-    def __init__(self, model: Path, threads: int, max_batch: int) -> None:
+    def __init__(self, model: Path, threads: int, max_batch: int, as_written: bool = False) -> None:
         self.model = model
         self.threads = threads
         self.max_batch = max_batch
+        self.as_written = as_written
         self._weight_only = _weight_only(model)
-        self._session: Any = _session(model, threads, self._weight_only)
+        self._session: Any = self._open(model)
         self._tapped: tuple[tuple[str, ...], Any] | None = None
 
     def infer(self, images: np.ndarray) -> np.ndarray:
@@ -125,8 +134,7 @@ class Runner:
         """
         wanted = tuple(dict.fromkeys(names))
         if self._tapped is None or self._tapped[0] != wanted:
-            model = _with_outputs(self.model, wanted)
-            self._tapped = wanted, _session(model, self.threads, self._weight_only)
+            self._tapped = wanted, self._open(_with_outputs(self.model, wanted))
         output = self._session.get_outputs()[0].name
         values = self._run(self._tapped[1], [output, *wanted], images)
         return dict(zip(("output", *wanted), values, strict=True))
@@ -134,6 +142,9 @@ class Runner:
     def close(self) -> None:
         """Free the sessions and their threads."""
         self._session = self._tapped = None
+
+    def _open(self, model: Path | bytes) -> Any:
+        return _session(model, self.threads, self._weight_only, as_written=self.as_written)
 
     def _run(self, session: Any, names: list[str] | None, images: np.ndarray) -> list[np.ndarray]:
         import numpy as np
@@ -153,11 +164,18 @@ class Runner:
 
 
 def _session(
-    model: Path | bytes, threads: int, weight_only: bool, *, optimized_path: Path | None = None
+    model: Path | bytes,
+    threads: int,
+    weight_only: bool,
+    *,
+    optimized_path: Path | None = None,
+    as_written: bool = False,
 ) -> Any:
     ort = _runtime()
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    level = levels.ORT_DISABLE_ALL if as_written else levels.ORT_ENABLE_ALL
+    options.graph_optimization_level = level
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what goes wrong is raised, and told once
     # Threads that spin on between two calls would steal cores from the engine timed beside this

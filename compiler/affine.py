@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
-from dfqc.compiler.contracts import QParams, QTensor, WeightGrid
+from dfqc.compiler.contracts import QParams, QTensor, QuantState, WeightGrid
+from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.spec import QScheme
 
 INT32_MAX = 2**31 - 1
 # Biases may use this much of int32: the accumulator needs the rest.
 BIAS_LIMIT = 2**30
 SMALLEST_SCALE = 1e-30
+_LARGEST_HALF = 65504.0
+_SMALLEST_HALF = 2.0**-24  # the smallest positive float16
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: float | Tensor, scheme: QScheme) -> Tensor:
@@ -139,6 +143,34 @@ def snap_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor
 def bias_scale(input_scale: float, weight_scale: Tensor) -> Tensor:
     """Return the float32 step of the bias grid, one per output channel."""
     return torch.tensor(input_scale, dtype=torch.float32) * weight_scale
+
+
+def half_scales(state: QuantState) -> QuantState:
+    """Return the state with every scale a float16 number: what a file in float16 can hold.
+
+    Codes stay; a scale moves by 2^-12 of itself at most, at the ends of an 8-bit grid 1/32 of a
+    step. Scales below float16's smallest number are raised to it: zero is no scale. A grid that
+    float16 cannot reach raises `UnsupportedError`.
+    """
+    for name, grid in state.acts.items():
+        if 128 * grid.scale > _LARGEST_HALF:
+            raise UnsupportedError(
+                f"{name}: its values reach {128 * grid.scale:.3g}, float16 ends at "
+                f"{_LARGEST_HALF:.0f}; build with --trt-base fp32"
+            )
+    weights = {
+        name: QTensor(w.codes, _half(w.scale).to(w.scale.device))
+        for name, w in state.weights.items()
+    }
+    acts = {
+        name: QParams(float(_half(torch.tensor(grid.scale))), grid.zero_point)
+        for name, grid in state.acts.items()
+    }
+    return dataclasses.replace(state, weights=weights, acts=acts)
+
+
+def _half(scale: Tensor) -> Tensor:
+    return scale.clamp(min=_SMALLEST_HALF).half().float()
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:

@@ -7,20 +7,23 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler._calibfile import write_calib_file
 from dfqc.compiler.allocate import free_layers
-from dfqc.compiler.artifact import Store
+from dfqc.compiler.artifact import Store, default_root
 from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, StageRecord
 from dfqc.compiler.errors import EnvironmentFault, UsageError
 from dfqc.compiler.job import Job, check_output, make_job, model_name
 from dfqc.compiler.pipeline import Build, make_driver, open_store
-from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.recipe import Recipe, make_recipe
 from dfqc.compiler.spec import plan_from_json
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.storage import INFO, PLAN, load_json
+
+if TYPE_CHECKING:
+    from dfqc.compiler.finish import EngineOptions
 
 log = logging.getLogger("dfqc.build")
 
@@ -38,13 +41,25 @@ def run_build(
 ) -> dict[str, Any]:
     """Build a package and return its manifest; `exit_code` says whether its gates passed."""
     from dfqc.compiler.contents import write_build
+    from dfqc.compiler.finish import run_engine
 
     recipe = make_recipe(flags, recipe_file)
     job = make_job(recipe)
     check_output(job.output)
     with open_store(recipe.cache_dir) as store:
         driver = _drive(job, store, listener)
-        return write_build(Build(job, driver))
+        manifest = write_build(Build(job, driver))
+    if job.backend.TARGET.engine_file and job.runtime is not None and not manifest["exit_code"]:
+        return run_engine(job.output, _engine_options(recipe))
+    return manifest
+
+
+def _engine_options(recipe: Recipe) -> EngineOptions:
+    """Return how the engine of a build is built: for the batch that is timed."""
+    from dfqc.compiler.finish import EngineOptions
+
+    folder = Path(recipe.cache_dir) if recipe.cache_dir else default_root()
+    return EngineOptions(batches=(recipe.batch,), cache_dir=folder)
 
 
 def run_plan(

@@ -136,6 +136,8 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
             f"latency    {latency['engine']:.3f} ms, float {latency['float']:.3f} ms "
             f"({latency['speedup']:.2f} x; batch {latency['batch']}, {latency['threads']} threads)"
         )
+    if manifest["target_check"] is not None and not manifest["exit_code"]:
+        lines += [f"note       {note}" for note in manifest["notes"][:1]]
     return lines + [
         f"gate       {gate['name']}: {'passed' if gate['passed'] else 'FAILED'}"
         for gate in manifest["gates"]

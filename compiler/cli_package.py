@@ -1,4 +1,4 @@
-"""The verbs on one finished package: `eval`, `verify`, `report`, `inspect`; none needs torch."""
+"""The verbs on one package: `eval`, `verify`, `report`, `engine`, `inspect`; none needs torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command("eval", help="Top-1 of a package on labelled images.")(evaluate)
     app.command("verify", help="Is a package whole, and does it compute here what it must?")(verify)
     app.command("report", help="Write the report of a package or manifest as a page.")(report)
+    app.command("engine", help="Build a package's engine on the device that will run it.")(engine)
     app.command("inspect", help="What is in a package or an ONNX file.")(inspect)
 
 
@@ -72,6 +73,48 @@ def report(
     text = report_html(manifest, sheet.read_bytes() if sheet.is_file() else None)
     write_text(output, text)
     emit({"report": str(output)}, [f"{output}: open it in a browser"], as_json=json)
+
+
+def engine(
+    package: Folder,
+    batch: Annotated[
+        str, typer.Option(metavar="N,N", help="Batches to tune for, for example 1,8,32.")
+    ] = "1",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Runs on later versions too, slower.")
+    ] = False,
+    hardware: Annotated[
+        str, typer.Option(metavar="NAME", help="Other GPUs: none, ampere-plus, same-compute.")
+    ] = "none",
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, metavar="0-5", help="How long to search.")
+    ] = None,
+    workspace: Annotated[
+        str | None, typer.Option(metavar="4g", help="Device memory that kernels may use.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where measured kernels are kept.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Finish a package."""
+    from dfqc.compiler.finish import describe_engine, read_options, run_engine
+
+    options = read_options(
+        batch,
+        hardware=hardware,
+        version_compatible=version_compatible,
+        level=optimization_level,
+        workspace=workspace,
+        cache_dir=cache_dir,
+    )
+    with only_results_on_stdout():
+        result = run_engine(package, options)
+    emit(result, describe_engine(result), as_json=json)
+    failed = [gate["name"] for gate in result.get("gates", ()) if not gate["passed"]]
+    if result.get("build") and "parity" in failed:
+        typer.echo("dfqc: the engine is built, and computes something else (parity)", err=True)
+        raise typer.Exit(ParityGateError.exit_code)
 
 
 def inspect(

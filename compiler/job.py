@@ -29,7 +29,7 @@ log = logging.getLogger("dfqc.job")
 # What does not change the model that comes out: checks and limits around it.
 _AROUND = (
     *("eval-data", "max-drop", "min-speedup", "batch", "threads", "budget", "memory"),
-    "bake-preprocessing",  # a second file beside the model
+    *("bake-preprocessing", "require-engine"),  # files beside the model
 )
 
 

@@ -18,6 +18,7 @@ from dfqc.compiler.errors import (
     EnvironmentFault,
     ParityGateError,
     SpeedGateError,
+    UnsupportedError,
 )
 from dfqc.compiler.evaluate import agrees
 from dfqc.compiler.job import Job
@@ -27,10 +28,13 @@ from dfqc.compiler.pruning_report import describe_pruning
 from dfqc.compiler.reproduce import build_command
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.stages_engine import LATENCY, METRICS, PARITY
+from dfqc.compiler.stages_target import CHECK, list_broken
 from dfqc.compiler.storage import INFO, NAMES
 
-# The gravest first: a wrong engine's accuracy and speed mean nothing.
+# The gravest first: a file that is refused makes no engine, and a wrong engine's accuracy and speed
+# mean nothing.
 EXIT_CODES = {
+    "rules": UnsupportedError.exit_code,
     "parity": ParityGateError.exit_code,
     "parity_eval": ParityGateError.exit_code,
     "parity_baked": ParityGateError.exit_code,
@@ -57,7 +61,8 @@ def assemble(build: Build, baked: Mapping[str, Any] | None = None) -> dict[str, 
     """
     job, facts = build.job, build.data("trace", FACTS)
     metrics, parity = _metrics(build), _parity(build)
-    gates = check_gates(job, metrics, parity)
+    checked = build.data("check", CHECK) or None  # empty for a target without rules
+    gates = check_gates(job, metrics, parity, checked)
     if baked and baked["passed"] is not None:
         gates.append(_gate("parity_baked", baked["max_abs"], baked["tolerance"], baked["passed"]))
     code = exit_code(job, gates)
@@ -85,9 +90,10 @@ def assemble(build: Build, baked: Mapping[str, Any] | None = None) -> dict[str, 
         "metrics": metrics,
         "size": build.data("lower", NAMES)["sizes"],
         "parity": parity,
+        "target_check": checked,
         "calib": _calib(build),
         "gates": gates,
-        "notes": _notes(job, facts["image"]),
+        "notes": _notes(job, facts["image"], checked),
         "stages": [dataclasses.asdict(record) for record in build.records],
         "pruning": describe_pruning(build),
         "allocation": ledger.describe_allocation(build),
@@ -98,10 +104,15 @@ def assemble(build: Build, baked: Mapping[str, Any] | None = None) -> dict[str, 
 
 
 def check_gates(
-    job: Job, metrics: Mapping[str, Any], parity: Mapping[str, Any]
+    job: Job,
+    metrics: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    checked: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return every gate that was set, and parity, which always is; a missing value fails."""
     gates = []
+    if checked is not None:
+        gates.append(_gate("rules", checked["errors"], 0, checked["errors"] == 0))
     if job.runtime is not None:
         limit = parity["tolerance"]["argmax_agreement"]
         passed = parity["passed"]
@@ -124,14 +135,16 @@ def check_gates(
 def exit_code(job: Job, gates: list[dict[str, Any]]) -> int:
     """Return the code of the gravest failed gate, 8 if nothing could be verified, else 0.
 
-    Without a runtime, what was not measured has not failed.
+    Without a runtime, what was not measured has not failed. A target whose engine is built on the
+    device owes none here, unless one is required or a gate needs it.
     """
     unknown = [gate for gate in gates if job.runtime is None and gate["value"] is None]
     failed = [gate["name"] for gate in gates if not gate["passed"] and gate not in unknown]
     for name, code in EXIT_CODES.items():
         if name in failed:
             return code
-    return 0 if job.runtime is not None else EnvironmentFault.exit_code
+    later = job.backend.TARGET.engine_file and not job.recipe.require_engine and not unknown
+    return 0 if job.runtime is not None or later else EnvironmentFault.exit_code
 
 
 def verdict(manifest: Mapping[str, Any]) -> str:
@@ -250,9 +263,12 @@ def _quality(score: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _notes(job: Job, image: Mapping[str, Any]) -> list[str]:
+def _notes(
+    job: Job, image: Mapping[str, Any], checked: Mapping[str, Any] | None = None
+) -> list[str]:
     assumed = assumed_note(image)
     notes = [assumed] if assumed else []
+    notes += list_broken(checked)
     if job.runtime is not None:
         return notes
     unverified = (
@@ -260,6 +276,8 @@ def _notes(job: Job, image: Mapping[str, Any]) -> list[str]:
         f"({job.no_runtime}). The model was written, checked as ONNX and simulated, but no "
         "engine was run"
     )
+    if job.backend.TARGET.engine_file:
+        unverified += f"; finish it on the device: dfqc engine {job.output}"
     return [unverified, *notes]
 
 

@@ -17,6 +17,7 @@ from dfqc.compiler import (
     stages_engine,
     stages_lower,
     stages_prune,
+    stages_target,
     storage,
 )
 from dfqc.compiler.artifact import DEFAULT_LIMIT, Store, default_root
@@ -168,7 +169,7 @@ STAGES: tuple[Stage, ...] = (
         stages.correct,
         storage.save_state,
         storage.load_state,
-        options=depend.pick("bias-correction", "memory"),
+        options=depend.pick("bias-correction", "memory", "trt-base"),
         environment=depend.compute,
         code=depend.modules("passes.bias"),
     ),
@@ -215,6 +216,17 @@ STAGES: tuple[Stage, ...] = (
         options=depend.pick("target"),
         environment=depend.versions("torch"),
         code=depend.backend("simulate", "verify_package"),
+    ),
+    # Where the engine is built elsewhere: does the file hold the rules that it will be read by?
+    Stage(
+        "check",
+        ("lower", "golden"),
+        stages_target.check,
+        stages_target.save_check,
+        stages_target.load_check,
+        options=depend.pick("target"),
+        environment=depend.versions("onnx", "onnxruntime"),
+        code=depend.backend("inspection"),
     ),
     # Before any figure is believed: does the engine compute what was simulated?
     Stage(

@@ -227,11 +227,15 @@ class _Placer:
         if node.op != "call_function" or node.target is not ADD:
             return
         parts = _join_inputs(node)
-        bare = [p for p in parts if self._act_bits(p) is not None]
+        # Only a convolution fuses with the add behind it.
+        bare = [p for p in parts if self._act_bits(p) is not None and self._is_conv(p)]
         if len(parts) == 2 and bare:
             for part in parts:
                 if part is not bare[0]:
                     self._request(part, STREAM_BITS, node.name)
+
+    def _is_conv(self, node: fx.Node) -> bool:
+        return self.layers[node.name].op == "Conv2d"
 
     def _wanted(self, node: fx.Node) -> set[int]:
         """Return the bit widths that the readers of `node` ask for; float readers ask for 8."""

@@ -137,6 +137,10 @@ def _export_bits(target: TargetSpec, op: str, asked: Bits, calls: int) -> tuple[
         return FLOAT, f"target '{target.name}' has no integer kernel for {op}: left in float32"
     if calls > 1:
         return FLOAT, f"the module is called {calls} times with different inputs: left in float32"
+    if asked.weight_only and op not in (target.weight_only_ops or target.integer_ops):
+        return FLOAT, f"target '{target.name}' has no weight-only {op}: left in float"
+    if asked.weight_only and target.weight_only_note:
+        return Bits(asked.weight, 32), target.weight_only_note
     if asked.weight_only:
         note = "" if asked.act == FLOAT.act else "; this engine computes in float32"
         return Bits(asked.weight, 32), f"{WEIGHT_ONLY}{note}"

@@ -27,6 +27,7 @@ from dfqc.compiler.spec import (
     Bits,
     Rule,
     TargetSpec,
+    check_base,
     check_bits,
     default_ends,
     parse_bits,
@@ -86,6 +87,7 @@ class Recipe(BaseModel):
     layer: Rules = ()
     avg_bits: float | None = Field(None, gt=0)
     size: str | None = None
+    trt_base: Literal["fp32", "fp16"] = "fp32"
 
     prune: Amount = None
     prune_by: Literal["uniform", "error"] = "uniform"
@@ -115,9 +117,9 @@ class Recipe(BaseModel):
     max_drop: float | None = Field(None, ge=0)
     min_speedup: float | None = Field(None, gt=0)
     bake_preprocessing: bool = False
+    require_engine: bool = False
     batch: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
-
     seed: int = Field(0, ge=0)
     device: str = "cpu"
     budget: str | None = None
@@ -242,6 +244,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_bits(recipe.ends_bits, target, where="--ends")
     for rule in recipe.rules:
         check_bits(rule.bits, target, where=f"--layer {rule.pattern!r}")
+    check_base(recipe.trt_base, target)
     _check_weight_limit(recipe, target)
     check_pruning(recipe)
     _check_calibration(recipe)

@@ -36,6 +36,7 @@ from dfqc.compiler.report_charts import (
     show_sizes,
     show_stages,
 )
+from dfqc.compiler.target_report import rules_html
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +62,7 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
         section("Accuracy and fidelity", show_fidelity(manifest)),
         section("Latency", show_latency(manifest)),
         section("Size", show_sizes(manifest)),
+        section("Rules of the target", rules_html(manifest.get("target_check"))),
         section("Calibration images", _calibration(manifest, contact_sheet_png)),
         section("Pruning", pruning_html(manifest)),
         section("Layers", layers_chart(manifest.get("layers", []))),

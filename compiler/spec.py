@@ -193,6 +193,11 @@ class TargetSpec:
     packed_int4: bool
     opset: int = 21
     ir_version: int = 10
+    weight_only_ops: tuple[str, ...] | None = None  # layer types for it; None: `integer_ops`
+    weight_only_note: str = ""  # how they run, said per layer
+    block_int4: bool = False  # weight-only layers of up to 4 bits as INT4 in blocks
+    bases: tuple[str, ...] = ("fp32",)  # what the rest of the network can be written in
+    engine_file: str = ""  # what `dfqc engine` builds on the device; empty: the model itself runs
     # Storage of values below 8 bits always runs on 8-bit kernels: said to the user per layer.
     kernel_note: str = ""
 
@@ -220,6 +225,15 @@ def check_bits(bits: Bits, target: TargetSpec, *, where: str) -> None:
         raise UnsupportedError(
             f"{where}: {bits.act}-bit activations are not supported by target '{target.name}'; "
             f"expected one of {_spans(target.act_bits)}"
+        )
+
+
+def check_base(base: str, target: TargetSpec) -> None:
+    """Refuse a type of the unquantized rest that the target is not written in (exit 2)."""
+    if base not in target.bases:
+        raise UsageError(
+            f"--trt-base {base}: target '{target.name}' is written in {', '.join(target.bases)}; "
+            "it goes with --target trt"
         )
 
 

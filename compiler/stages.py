@@ -252,11 +252,13 @@ def quantize(context: Context) -> QuantState:
 
 def correct(context: Context) -> QuantState:
     """Undo the mean error of every layer in its bias."""
+    from dfqc.compiler.affine import half_scales
     from dfqc.compiler.passes import bias
     from dfqc.compiler.stages_prune import unfolded_graph
 
-    method = context.settings.recipe.bias_correction
-    return bias.correct(
+    recipe = context.settings.recipe
+    method = recipe.bias_correction
+    state = bias.correct(
         context.value("fold"),
         unfolded_graph(context),
         context.value("quantize"),
@@ -267,6 +269,7 @@ def correct(context: Context) -> QuantState:
         memory_bytes=context.settings.recipe.memory_bytes,
         progress=context.progress(),
     )
+    return half_scales(state) if recipe.trt_base == "fp16" else state
 
 
 def model_facts(graph: Graph) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from dfqc.compiler.allocate import Option, Table
 from dfqc.compiler.contracts import CalibSet, QParams, QTensor, QuantState
 from dfqc.compiler.driver import Context
 from dfqc.compiler.errors import UsageError
+from dfqc.compiler.file_metadata import describe_file
 from dfqc.compiler.job import Job
 from dfqc.compiler.spec import Plan
 from dfqc.compiler.stages import FACTS, device_of
-from dfqc.compiler.stages_lower import file_metadata
 from dfqc.compiler.storage import load_json, save_json, save_plan
 from dfqc.compiler.units import format_size
 
@@ -278,5 +278,5 @@ def file_bytes(
         if bias is not None:
             biases[name] = bias
     state = QuantState(plan, weights, biases, acts)
-    model: bytes = job.backend.lower(graph, state, metadata=file_metadata(job, facts, plan)).model
+    model: bytes = job.backend.lower(graph, state, metadata=describe_file(job, facts, plan)).model
     return len(model)

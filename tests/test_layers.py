@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "backends": {"compiler", "backends"},
 }
 RUNTIME_HOME = {
-    "tensorrt": "backends/trt.py",
+    "tensorrt": "backends/_trt_api.py",
     "onnxruntime": "backends/ort.py",
     "openvino": "backends/openvino.py",
 }

@@ -293,7 +293,6 @@ def test_an_add_without_a_layer_beside_it_stays_in_float_for_inputs():
     plan = quantized.plan(quantized.folded("attention"), "w8a8", target=quantized.INPUTS)
     assert table(plan) == [
         "x.a8: patch",
-        "add.a8: add_1",
         "layer_norm.a8: qkv",
         "reshape_1.a8: project",
         "mean.a8: fc",

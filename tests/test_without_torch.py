@@ -140,3 +140,10 @@ def test_eval(device, folder, tmp_path):
 def test_a_folder_that_is_no_package_is_told_by_exit_code_3(device, tmp_path):
     assert "is no package" in dfqc(device, "verify", tmp_path, code=3)["error"]
     assert "is no package" in dfqc(device, "bench", tmp_path, code=3)["error"]
+
+
+def test_engine_needs_no_torch(device, folder):
+    assert dfqc(device, "engine", folder)["target"] == "ort"
+    modules = ", ".join(f"dfqc.backends._trt_{name}" for name in ("finish", "rules", "inspect"))
+    done = device("-c", f"import {modules}")
+    assert done.returncode == 0, done.stderr
