@@ -1,7 +1,7 @@
 """How results are chosen between without labels: images in, those to fit to and to judge by out.
 
-What is fitted to images is never judged by them alone, and kinds of images that differ in how hard
-they are count alike.
+What is fitted to images is never judged by them, and kinds of images that differ in how hard they
+are count alike.
 """
 
 from __future__ import annotations
