@@ -167,7 +167,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 def describe(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
     header = ("method", "steps of 128", "images", "CPU s", "top-1", "of the teacher's", "agreement",
-              "held-out synthetic")  # fmt: skip
+              "held-out synthetic", "stopped")  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         top1, agreement, images = row["top1"], row["agreement"], row["images"]
@@ -177,6 +177,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
             *(row["name"], f"{row['steps']:,}", made, f"{row['cpu_seconds']:.0f}{again}"),
             *(f"{top1['student']:.2f}", f"{top1['share']:.1f} %"),
             *(f"{agreement['evaluation']:.2f} %", f"{agreement['held_out']:.1f} %"),
+            row["stopped"],
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -129,8 +129,9 @@ def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[di
                 if name != "reconstruct":
                     overrides = overrides | {"keep_best": False}
                     last = quantize(case, plan, name, overrides, options.effort, parts)
-                    row["last"] = judge.top1(case, last)
                     row["collapsed"] = last.info.get("collapsed", "")
+                    if not row["collapsed"]:  # a last state that is none has no figure
+                        row["last"] = judge.top1(case, last)
                 yield row
 
 

@@ -11,6 +11,7 @@ network that is built and needs no images; this one gives images to other quanti
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from dfqc.calib._conditional import count_outputs, count_weights
 from dfqc.calib._pixels import ImageOptions, finish
 from dfqc.calib._player import Player, count_classes
 from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.opponent import Opponent
 from dfqc.compiler.passes.fold import fold
@@ -113,6 +115,7 @@ def synthesize(
 
     Raises:
         UnsupportedError: the model does not classify.
+        UsageError: rates at which the game breaks down at once.
     """
     seed = rng.initial_seed()
     player = Player(graph, options, rng=rng, device=device)
@@ -168,6 +171,12 @@ def _play(game: Game, seconds: float | None, progress: Progress) -> dict[str, An
             sound = part
     if notes[-1]["collapse"] and sound is not None:
         game.restore(sound.tensors)
+    elif notes[-1]["collapse"] and not math.isfinite(notes[-1]["loss"]):
+        raise UsageError(
+            f"adadfq: the game broke down in its first part ({notes[-1]['collapse']}), so there is "
+            "no generator to draw from: lower its rates (--synth-option "
+            "lr_generator=… or lr_student=…)"
+        )
     return {
         "iterations": sum(note["iterations"] for note in notes),
         "shortened": any(note["shortened"] for note in notes),

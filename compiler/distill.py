@@ -113,6 +113,7 @@ def stages_for(job: DistillJob) -> tuple[Stage, ...]:
             code=lambda job: (
                 "dfqc.compiler.distill_train",
                 "dfqc.compiler.matching",
+                *("dfqc.compiler.frontend", "dfqc.compiler._zoo", "dfqc.compiler.calib_quality"),
                 *([f"dfqc.calib.{job.recipe.synth}"] if job.generates else []),
             ),
             seeded=True,
@@ -123,7 +124,7 @@ def stages_for(job: DistillJob) -> tuple[Stage, ...]:
             stages_distill.judge,
             stages_distill.save_verdict,
             stages_distill.load_verdict,
-            options=lambda job: {"eval-data": job.eval_digest},
+            options=lambda job: {"eval-data": job.eval_digest, "student": job.student_digest},
             environment=depend.compute,
             code=depend.modules("evaluate", "dataset", "simulate"),
         ),
@@ -159,6 +160,11 @@ def _make_recipe(flags: Mapping[str, Any], file: Path | None, method: str) -> Re
     if method == "dafl" and flags.get("zoo"):
         raise UsageError("--zoo: --method dafl reads the teacher alone; use --method mix")
     recipe = make_recipe(flags, file)
+    if method == "mix" and not recipe.zoo:
+        raise UsageError(
+            "--method mix: images are judged by the models of a zoo, and there is none: give "
+            "--zoo, or use --method dafl, which reads the teacher alone"
+        )
     if "samples" in recipe.model_fields_set:
         return recipe
     count = IMAGES[recipe.effort]
@@ -182,7 +188,9 @@ def _make_options(recipe: Recipe, wish: Wish) -> DistillOptions:
 
 
 def _distill_options(job: DistillJob) -> Mapping[str, Any]:
-    own = {"method": job.method, "distill": job.options.model_dump(mode="json")}
+    # The student's facts tell networks of equal size not apart: its code and weights do.
+    own: dict[str, Any] = {"method": job.method, "student": job.student_digest}
+    own |= {"distill": job.options.model_dump(mode="json")}
     return {**own, **depend.pick("budget", "synth", "synth-option", "effort")(job)}
 
 

@@ -141,7 +141,12 @@ class Trainer:
             taken += 1
             progress(min(state.done + taken, total), total, f"loss {loss:.3g}")
             if not math.isfinite(loss):
-                stopped = "the loss is no number any more: lower the rate (lr)"
+                stopped = (
+                    "the loss is no number any more: lower the rate (--distill-option lr)"
+                    if bool(self.shown.isfinite().all())
+                    else "the images are no numbers any more: lower the generator's rate "
+                    "(--synth-option lr)"
+                )
             if stopped or taken >= math.ceil(total / self.options.points):
                 break
         self.student.eval()

@@ -15,6 +15,8 @@ from torch import fx, nn
 from dfqc.compiler.graph import Block, Graph, blocks, node_shapes
 
 Signature = tuple[Any, ...]
+# Of a convolution, beside the shapes of its weights.
+_WAYS = ("stride", "groups", "dilation", "padding", "padding_mode")
 
 
 class Hint(NamedTuple):
@@ -86,13 +88,12 @@ def _by_signature(graph: Graph) -> dict[Signature, list[Block]]:
 
 
 def _sign(graph: Graph, block: Block) -> Signature:
-    """Return what two blocks must share: their layers' types, shapes and strides, in order."""
+    """Return what two blocks must share: their layers' types, shapes and ways, in order."""
     return tuple(
         (
             type(module).__name__,
             tuple(tuple(value.shape) for value in module.state_dict().values()),
-            getattr(module, "stride", None),
-            getattr(module, "groups", None),
+            *(getattr(module, name, None) for name in _WAYS),
         )
         for module in _modules(graph, block)
     )

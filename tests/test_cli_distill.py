@@ -102,6 +102,34 @@ def test_starting_at_random_takes_nothing(shared, capsys):
     assert (made["taken_over"], made["hints"]) == ({}, [])
 
 
+POOLED = """
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(F.adaptive_max_pool2d(self.conv(x).relu(), 1).flatten(1))
+"""
+
+
+def test_another_student_of_the_same_size_is_trained_anew(shared, capsys):
+    path = shared.root / "pooled.py"
+    path.write_text(POOLED)
+    first = distill(capsys, shared, student=f"{path}:Net")
+    path.write_text(POOLED.replace("adaptive_max_pool2d", "adaptive_avg_pool2d"))
+    second = distill(capsys, shared, student=f"{path}:Net")
+    cached = {stage["name"]: stage["cached"] for stage in second["stages"]}
+    assert cached["synthesize"]
+    assert not cached["distill"]
+    assert not cached["judge"]
+    assert [row["loss"] for row in first["curve"]] != [row["loss"] for row in second["curve"]]
+
+
 FACTORY = """
 from torch import nn
 
@@ -143,6 +171,7 @@ def test_students_that_do_not_fit_are_refused_before_images_are_made(
     [
         (("--method", "images2"), "expected one of images, dafl, mix"),
         (("--method", "dafl", "--samples", "9"), "--samples: --method dafl trains a generator"),
+        (("--method", "mix"), "--method mix: images are judged by the models of a zoo"),
         (("--distill-option", "speed=3"), "distill has no option 'speed'"),
         (("--distill-option", "lr=-1"), "option lr: got -1"),
         (("--init", "zero"), "option init: got 'zero'"),

@@ -15,6 +15,7 @@ from dfqc.compiler import plugins
 from dfqc.compiler.channels import remove
 from dfqc.compiler.contracts import Pruned, QuantizerSupplies
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.passes import bias
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import _trainer, qat
 from dfqc.compiler.quantize._choice import blind_distance, distance, judging_parts
@@ -113,6 +114,12 @@ def test_training_comes_nearer_to_the_float_network(steps, share, monkeypatch):
         assert all(len(set(w.scale.tolist())) == 1 for w in state.weights.values())
 
 
+def test_one_step_per_weight_is_kept_whatever_wins():
+    state = run(weight_steps="tensor", lr_weights=1e6, iterations=2)
+    assert state.info["kept"] == "start"
+    assert all(len(set(w.scale.tolist())) == 1 for w in state.weights.values())
+
+
 def test_the_last_state_can_be_had_whatever_it_is_worth():
     given = {"lr_weights": 5e-3, "lr_bias": 0.0, "iterations": 3}  # too short: the start is better
     best, last = run(**given), run(**given, keep_best=False)
@@ -133,6 +140,23 @@ def test_the_last_state_is_reported_beside_the_kept_one():
     assert info["shortened"] is False
 
 
+def named_start(plugin, name):
+    """What the named quantizer gives by itself, its biases corrected unless it learned them."""
+    graph, calib = folded("residual"), quantized.calib(64)
+    supplies = QuantizerSupplies(unfolded=classifiers.trained("residual"), held_out=HELD_OUT)
+    state = plugin.quantize(
+        *(graph, calib, quantized.plan(graph, "w3a3"), plugin_options(plugin, name, "quick", {})),
+        rng=torch.Generator().manual_seed(0),
+        device=CPU,
+        supplies=supplies,
+    )
+    if state.info.get("learned_biases"):
+        return state
+    options = bias.Options(method="auto")
+    given = (graph, supplies.unfolded, state, calib, options)
+    return bias.correct(*given, device=CPU, held_out=HELD_OUT)
+
+
 @pytest.mark.parametrize("start", ["rtn", "gptq", "reconstruct"])
 def test_every_start_is_the_named_quantizer_corrected(start, monkeypatch):
     plugin = plugins.load("quantizer", start)
@@ -144,6 +168,7 @@ def test_every_start_is_the_named_quantizer_corrected(start, monkeypatch):
     assert state.info["kept"] == "start"
     scores = state.info["heldout_distance"]
     assert judged("residual", state) == pytest.approx(scores["start"], rel=1e-4)
+    assert same(state, named_start(plugin, start))
     assert all(0 <= done <= total for done, total, _ in seen)
     assert len({total for _, total, _ in seen}) == 1
 
@@ -220,6 +245,16 @@ def test_equal_seeds_give_equal_results_and_others_do_not():
     assert not same(first, run(iterations=20, seed=1))
 
 
+def test_parts_are_found_again_whatever_time_is_left(tmp_path):
+    store = Store(tmp_path, fail_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(iterations=23, supplies=dataclasses.replace(store.supplies(), seconds=500.0))
+    store.fail_after = None
+    found = run(iterations=23, supplies=dataclasses.replace(store.supplies(), seconds=4000.0))
+    assert store.made == 10
+    assert found.info["iterations"] == 23
+
+
 @pytest.mark.parametrize("parts", [1, 9])
 def test_a_killed_run_goes_on_behind_its_last_part(tmp_path, parts):
     whole = run(iterations=23)
@@ -291,14 +326,14 @@ def test_moved_images_are_mirrored_and_rolled():
     assert torch.equal(found, _trainer.moved(images, 0.125, torch.Generator().manual_seed(0)))
 
 
-def test_every_image_comes_once_before_any_comes_again():
+@pytest.mark.parametrize("size", [5, 4])
+def test_every_image_comes_once_before_any_comes_again(size):
     trainer = object.__new__(_trainer.Trainer)
     trainer.images = torch.arange(10.0).view(10, 1, 1, 1)
-    trainer.schedule = qat._schedule(Options(batch_size=5), CPU)
+    trainer.schedule = qat._schedule(Options(batch_size=size), CPU)
     batches = trainer._batches(torch.Generator().manual_seed(0))
-    for _ in range(3):
-        pair = torch.cat([next(batches), next(batches)]).flatten()
-        assert sorted(pair.tolist()) == list(range(10))
+    seen = torch.cat([next(batches) for _ in range(20 // size)]).flatten().tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
 
 
 def test_half_precision_trains_as_well():

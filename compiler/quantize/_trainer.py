@@ -121,10 +121,9 @@ class Trainer:
                 break
 
     def _key(self, number: int) -> dict[str, Any]:
-        # Of runs with a limit, those of about equal time share their parts: the limit that is left
-        # is never twice the same.
-        limit = None if self.seconds is None else round(2 * math.log2(max(self.seconds, 1.0)))
-        return {"pass": "qat", "part": number, "limit": limit}
+        # Without the time that is left, which is never twice the same: what is still to do is
+        # planned anew behind the parts that are found.
+        return {"pass": "qat", "part": number}
 
     def _take(self, part: Part) -> None:
         """Note a finished part; only the last and the best one keep their tensors."""
@@ -213,12 +212,12 @@ class Trainer:
         return ""
 
     def _batches(self, rng: torch.Generator) -> Iterator[Tensor]:
-        """Yield batches without end, every image once before any comes again, moved at random."""
+        """Yield a part's batches, moved at random; no image comes again before all were in."""
         size = min(self.schedule.batch_size, len(self.images))
         order = torch.empty(0, dtype=torch.long)
         while True:
             if len(order) < size:
-                order = torch.randperm(len(self.images), generator=rng)
+                order = torch.cat((order, torch.randperm(len(self.images), generator=rng)))
             yield moved(self.images[order[:size]], self.schedule.shift, rng)
             order = order[size:]
 

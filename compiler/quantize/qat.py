@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 # Imported, not loaded by name: a change of their code must not meet old results of this one.
 _STARTS = {"reconstruct": reconstruct, "gptq": gptq, "rtn": rtn}
-START, BEGIN, TRAINED = "start", "begin", "trained"
+START, TRAINED = "start", "trained"
 _START_SHARE = 0.3  # of the time
 _TRAINING = 6.0  # teacher, and the student with all that rounds, in forward passes
 _JUDGING = 2.0 * 12 / 4  # both networks, once per part, every fourth image
@@ -145,16 +145,16 @@ def quantize(
         exits=teacher.exits,
     )
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - clock)
-    distances = {START: judge(start)}
-    # A single step per weight is another, coarser beginning.
-    distances[BEGIN] = judge(student.state()) if single else distances[START]
+    # A single step per weight was asked for: the start, with one per channel, is no answer to it.
+    start = student.state() if single else start
+    distance_of_start = judge(start)
     trainer = Trainer(
         *(student, teacher),
         Losses(options.temperature, options.output_weight, options.feature_weight),
         _schedule(options, device),
         images,
         judge,
-        distances[BEGIN],
+        distance_of_start,
         blind_distance(judges, targets, device),
         rng.initial_seed() + _SEED,
         supplies.checkpoint,
@@ -162,7 +162,7 @@ def quantize(
         report.training,
     )
     trainer.run()
-    return _choose(start, distances[START], trainer, options)
+    return _choose(start, distance_of_start, trainer, options)
 
 
 def _choose(
