@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,7 +82,7 @@ def main() -> int:
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
-    command = " ".join(["python", "benchmarks/training.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]])
     rows: list[dict[str, Any]] = []
     for net in list_nets(options.nets):
         for source in options.sources:
