@@ -19,7 +19,7 @@ from dfqc.compiler.quantize._targets import Targets
 
 log = logging.getLogger(__name__)
 
-_COPIES, _SEED = 2, 19_001  # of every image that judges
+_COPIES, _SEED = 4, 19_001  # of every image that judges
 _LEAST = 1e-12  # a divergence that is nothing
 
 

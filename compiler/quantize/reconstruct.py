@@ -107,6 +107,7 @@ PRESETS: dict[str, dict[str, object]] = {
 _JUDGING = 20.0
 _ADVANCING = 3.0  # of a copy through both networks, and its targets
 _TRAINING = 4.5  # forward and backward pass with what learns around it, in forward passes
+_CHOOSING = 128  # images that judge units; the network is judged by all
 _FLIPPED = "squant"  # stands for the network as a whole, and is no unit's
 
 
@@ -190,7 +191,7 @@ def _reconstruct(
     judges = judging_parts(own, supplies) or [images]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
-    learning, choosing = augmented(images, options.copies, rng), judges[0]
+    learning, choosing = augmented(images, options.copies, rng), judges[0][:_CHOOSING]
     targets = make_targets(graph, supplies.unpruned, device)
     run = Run(
         *(graph, plan, options, learning, choosing),
