@@ -213,9 +213,9 @@ def test_the_kept_state_is_the_nearest_on_images_that_were_held_out():
     state = play()
     distances = state.info["heldout_distance"]
     assert distances[state.info["kept"]] == min(distances.values())
-    # Every fourth calibration image, moved; none of the game's was shown to it.
-    (images,) = judging_parts(quantized.calib().images[3::4], QuantizerSupplies())
-    expected = divergence(state, images)
+    # Every fourth calibration image, and moved; none of the game's was shown to it.
+    own, moved = judging_parts(quantized.calib().images[3::4], QuantizerSupplies())
+    expected = math.sqrt(divergence(state, own) * divergence(state, moved))
     assert distances[state.info["kept"]] == pytest.approx(expected, rel=1e-3)
 
 

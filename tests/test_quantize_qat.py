@@ -54,13 +54,15 @@ def same(first, second):
 
 
 def judged(net, state):
-    """Mean KL of the softmax in float64 on moved copies of what was put aside (every fourth)."""
-    graph = folded(net)
-    (images,) = judging_parts(quantized.calib(64).images[3::4], QuantizerSupplies())
-    with torch.no_grad():
-        wanted = graph.module(images).double().log_softmax(1)
-        found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
-    return float((wanted.exp() * (wanted - found)).sum(1).mean())
+    """Mean KL of the softmax in float64, geometric mean over own (every fourth) and its copies."""
+    graph, own = folded(net), quantized.calib(64).images[3::4]
+    logs = []
+    for images in judging_parts(own, QuantizerSupplies(held_out=HELD_OUT)):
+        with torch.no_grad():
+            wanted = graph.module(images).double().log_softmax(1)
+            found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
+        logs.append(math.log(float((wanted.exp() * (wanted - found)).sum(1).mean())))
+    return math.exp(sum(logs) / 2)
 
 
 class Store:

@@ -37,20 +37,23 @@ def error(net, state):
 
 
 def distance(net, state):
-    """Mean KL of the softmax in float64 on moved copies of what was put aside (every fourth)."""
+    """Mean KL of the softmax in float64, geometric mean over own (every fourth) and its copies."""
     graph, own = quantized.folded(net), quantized.calib().images[3::4]
-    (images,) = judging_parts(own, QuantizerSupplies(held_out=HELD_OUT))
-    with torch.no_grad():
-        wanted = graph.module(images).double().log_softmax(1)
-        found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
-    return float((wanted.exp() * (wanted - found)).sum(1).mean())
+    logs = []
+    for images in judging_parts(own, QuantizerSupplies(held_out=HELD_OUT)):
+        with torch.no_grad():
+            wanted = graph.module(images).double().log_softmax(1)
+            found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
+        logs.append(math.log(float((wanted.exp() * (wanted - found)).sum(1).mean())))
+    return math.exp(sum(logs) / 2)
 
 
 def test_what_judges_are_moved_copies_of_what_was_put_aside():
     own = quantized.calib().images[3::4]
-    (images,) = judging_parts(own, QuantizerSupplies(held_out=HELD_OUT))
+    first, images = judging_parts(own, QuantizerSupplies(held_out=HELD_OUT))
+    assert torch.equal(first, own)
     assert len(images) == 4 * len(own)
-    assert torch.equal(images, judging_parts(own, QuantizerSupplies())[0])
+    assert torch.equal(images, judging_parts(own, QuantizerSupplies())[1])
     assert not torch.equal(images[: len(own)], own)
     total = own.double().sum((1, 2, 3)).repeat(4)  # moved pixels are all still there
     torch.testing.assert_close(images.double().sum((1, 2, 3)), total)

@@ -191,7 +191,7 @@ def _reconstruct(
     judges = judging_parts(own, supplies) or [images]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
-    learning, choosing = augmented(images, options.copies, rng), judges[0][:_CHOOSING]
+    learning, choosing = augmented(images, options.copies, rng), judges[-1][:_CHOOSING]
     targets = make_targets(graph, supplies.unpruned, device)
     run = Run(
         *(graph, plan, options, learning, choosing),
