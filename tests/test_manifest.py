@@ -8,10 +8,12 @@ from dfqc.compiler.contents import _quality
 from dfqc.compiler.manifest import _calib, check_gates, exit_code, verdict
 
 
-def job(runtime="1.0", max_drop=None, min_speedup=None):
-    return SimpleNamespace(
-        runtime=runtime, recipe=SimpleNamespace(max_drop=max_drop, min_speedup=min_speedup)
+def job(runtime="1.0", max_drop=None, min_speedup=None, *, later=False, require_engine=False):
+    recipe = SimpleNamespace(
+        max_drop=max_drop, min_speedup=min_speedup, require_engine=require_engine
     )
+    target = SimpleNamespace(engine_file="model.plan" if later else None)
+    return SimpleNamespace(runtime=runtime, recipe=recipe, backend=SimpleNamespace(TARGET=target))
 
 
 def metrics(engine=90.0, images=100, agreement=97.0, speedup=2.0):
@@ -93,6 +95,14 @@ def test_without_a_runtime_nothing_is_verified():
     assert gates == {"max_drop": True, "min_speedup": False}  # the drop is the simulation's
     assert code == 8  # what was not measured has not failed
     assert outcome(job(runtime=None), unknown, {}) == ({}, 8)
+
+
+def test_an_engine_that_is_built_on_the_device_is_owed_only_where_it_is_asked_for():
+    unknown = metrics(engine=None, agreement=None, speedup=None)
+    assert outcome(job(runtime=None, later=True), unknown, {}) == ({}, 0)
+    assert outcome(job(runtime=None, later=True, require_engine=True), unknown, {}) == ({}, 8)
+    asked = job(runtime=None, later=True, min_speedup=2.0)
+    assert outcome(asked, unknown, {}) == ({"min_speedup": False}, 8)
 
 
 def test_a_verdict_names_value_and_limit():
