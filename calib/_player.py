@@ -21,8 +21,8 @@ from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph, batch_norms, copy_graph, node_shapes
 from dfqc.compiler.opponent import Move
-from dfqc.compiler.quantize._game import pack_optimizer, unpack_optimizer
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
+from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
 
 log = logging.getLogger(__name__)
 

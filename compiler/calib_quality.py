@@ -37,6 +37,7 @@ EVENNESS_LIMIT, EVENNESS_FROM = 0.7, 16
 AGREEMENT_LIMIT = 0.3
 # Share of images that nearly equal an earlier one. Real, zeroq, deepinversion and noise 0.
 TWINS_LIMIT = 0.05
+TWINS_COLLAPSED = 0.5  # share of twins from which on a generator makes one image
 # Share of pixel values out of range. Real 0; zeroq 0 with its clipping and 0.07 to 0.11 without;
 # Gaussian noise 0.03.
 OUTSIDE_LIMIT = 0.01

@@ -23,7 +23,7 @@ from dfqc.compiler.distill_options import DistillOptions
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.matching import Hint, with_outputs
 from dfqc.compiler.sources import ImageSource
-from dfqc.compiler.steps import Steps, cosine
+from dfqc.compiler.steps import Losses, Steps, cosine
 from dfqc.compiler.views import augment
 
 _DROPS = (0.4, 0.8)  # of the published schedule: 800 and 1600 of 2000 epochs
@@ -133,22 +133,21 @@ class Trainer:
         self._restore(state)
         started = time.monotonic()
         steps = Steps(state.total - state.done, seconds)
-        taken, loss, stopped = 0, math.nan, ""
+        losses, taken, stopped = Losses(steps, self.device), 0, ""
         self.student.train()
         for _ in steps:
             total = state.done + steps.total
-            loss = self._step((state.done + taken) / total)
+            read = losses.add(self._step((state.done + taken) / total))
             taken += 1
-            progress(min(state.done + taken, total), total, f"loss {loss:.3g}")
-            if not math.isfinite(loss):
-                stopped = (
-                    "the loss is no number any more: lower the rate (--distill-option lr)"
-                    if bool(self.shown.isfinite().all())
-                    else "the images are no numbers any more: lower the generator's rate "
-                    "(--synth-option lr)"
-                )
-            if stopped or taken >= math.ceil(total / self.options.points):
+            if read:
+                progress(min(state.done + taken, total), total, f"loss {read[-1]:.3g}")
+            enough = taken >= math.ceil(total / self.options.points)
+            if enough or not all(map(math.isfinite, read)):
                 break
+        losses.read()
+        loss = losses.values[-1]
+        if not all(map(math.isfinite, losses.values)):
+            stopped = self._explain_no_number()
         self.student.eval()
         if not stopped and state.done + taken >= self.patience:
             stopped = self.health(self.shown)
@@ -164,7 +163,13 @@ class Trainer:
         after.curve.append(self._look(after, loss, elapsed))
         return self._keep(after)
 
-    def _step(self, fraction: float) -> float:
+    def _explain_no_number(self) -> str:
+        """Say what broke down, the student or the images it is shown."""
+        if bool(self.shown.isfinite().all()):
+            return "the loss is no number any more: lower the rate (--distill-option lr)"
+        return "the images are no numbers any more: lower the generator's rate (--synth-option lr)"
+
+    def _step(self, fraction: float) -> Tensor:
         """Take one step at the place `fraction` of the schedule; return the loss before it."""
         options = self.options
         for group in self.optimizer.param_groups:
@@ -183,7 +188,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     def _look(self, state: TrainState, loss: float, seconds: float) -> dict[str, Any]:
         """Return a point of the curve: how often the student answers as the teacher."""

@@ -41,14 +41,24 @@ def augmented(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
     host = torch.Generator().manual_seed(rng.initial_seed())
     made = [images]
     for _ in range(copies - 1):
-        copy = images.clone()
-        mirrored = torch.rand(len(copy), generator=host) < 0.5
-        copy[mirrored] = copy[mirrored].flip(3)
-        for index in range(len(copy)):
-            down, right = (
-                int(torch.randint(-limit, limit + 1, (), generator=host))
-                for limit in (round(SHIFT * side) for side in copy.shape[2:])
-            )
-            copy[index] = copy[index].roll((down, right), (1, 2))
-        made.append(copy)
+        mirrored = torch.rand(len(images), generator=host) < 0.5
+        limits = [round(SHIFT * side) for side in images.shape[2:]]
+        ways = [
+            tuple(int(torch.randint(-n, n + 1, (), generator=host)) for n in limits)
+            for _ in range(len(images))
+        ]
+        made.append(move(images, mirrored, ways))
     return torch.cat(made)
+
+
+def move(images: Tensor, mirrored: Tensor, ways: Iterable[tuple[int, ...]]) -> Tensor:
+    """Return images (n, c, h, w), some mirrored, each shifted around its edges.
+
+    Args:
+        images: stay as they are.
+        mirrored: (n,) bool.
+        ways: pixels down and right, per image.
+    """
+    chosen = mirrored.to(images.device)[:, None, None, None]
+    images = torch.where(chosen, images.flip(3), images)
+    return torch.stack([one.roll(way, (1, 2)) for one, way in zip(images, ways, strict=True)])

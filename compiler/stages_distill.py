@@ -32,7 +32,6 @@ log = logging.getLogger("dfqc.distill")
 
 STUDENT, TENSORS, METRICS = "student.json", "state.safetensors", "metrics.json"
 _SHARE = 0.9  # of the time left that the training may take; the rest is for judging and writing
-_TWINS = 0.5  # share of images like another one from which on a generator has collapsed
 _PATIENCE = 100  # steps that a generator is given to show more than one class
 
 
@@ -268,10 +267,10 @@ def source_options(job: DistillJob) -> Any:
 
 def _find_collapse(teacher: Graph, images: Tensor) -> str:
     """Say what is wrong with a generator's images; empty if they differ and have classes."""
-    from dfqc.compiler.calib_quality import score
+    from dfqc.compiler.calib_quality import TWINS_COLLAPSED, score
 
     found = score(teacher, images.cpu(), device=images.device)
-    if found.twins.images > _TWINS * found.images:
+    if found.twins.images > TWINS_COLLAPSED * found.images:
         return (
             f"the generator collapsed: {found.twins.images} of {found.images} of its images are "
             "nearly the same as another one; lower its rate (--synth-option lr=…)"

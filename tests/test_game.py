@@ -17,13 +17,12 @@ from dfqc.compiler.quantize import _game
 from dfqc.compiler.quantize._game import (
     Game,
     load_part,
-    pack_optimizer,
     save_part,
-    unpack_optimizer,
 )
 from dfqc.compiler.quantize._game_options import GameOptions
 from dfqc.compiler.quantize._game_start import set_up
 from dfqc.compiler.quantize._latent import LatentGrid
+from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
 from dfqc.compiler.spec import Bits, QScheme
 
 CPU = torch.device("cpu")

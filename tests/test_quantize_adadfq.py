@@ -8,6 +8,7 @@ import torch
 
 import models
 import quantized
+from checkpoints import Store
 from classifiers import trained
 from command import build, run
 from dfqc.compiler import stage_keys
@@ -131,24 +132,6 @@ def test_a_network_without_classes_is_refused_before_any_work():
 def test_equal_seeds_give_equal_results_and_others_do_not():
     assert same(play(keep_best=False), play(keep_best=False))
     assert not same(play(keep_best=False), play(seed=1, keep_best=False))
-
-
-class Store:
-    """Checkpoints on disk, and a fault after some of them."""
-
-    def __init__(self, folder, fail_after=None):
-        self.folder, self.fail_after, self.made, self.parts = folder, fail_after, 0, {}
-
-    def __call__(self, part, make, save, load):
-        key = repr(sorted(part.items()))
-        if key not in self.parts:
-            if self.made == self.fail_after:
-                raise KeyboardInterrupt
-            self.parts[key] = self.folder / str(len(self.parts))
-            self.parts[key].mkdir()
-            save(make(), self.parts[key])
-            self.made += 1
-        return load(self.parts[key])
 
 
 @pytest.mark.parametrize("start", ["published", "reconstruct"])

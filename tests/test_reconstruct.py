@@ -5,6 +5,7 @@ import torch
 
 import models
 import quantized
+from checkpoints import Store
 from dfqc.compiler import plugins
 from dfqc.compiler.contracts import QuantizerSupplies
 from dfqc.compiler.errors import UsageError
@@ -108,24 +109,6 @@ def test_equal_seeds_give_equal_results_and_others_do_not():
     options = {"keep_best": False, "iterations": 20}
     assert same(run(**options), run(**options))
     assert not same(run(**options), run(seed=1, **options))
-
-
-class Store:
-    """Checkpoints in memory, and a fault after some of them."""
-
-    def __init__(self, folder, fail_after=None):
-        self.folder, self.fail_after, self.made, self.parts = folder, fail_after, 0, {}
-
-    def __call__(self, part, make, save, load):
-        key = repr(sorted(part.items()))
-        if key not in self.parts:
-            if self.made == self.fail_after:
-                raise KeyboardInterrupt
-            self.parts[key] = self.folder / str(len(self.parts))
-            self.parts[key].mkdir()
-            save(make(), self.parts[key])
-            self.made += 1
-        return load(self.parts[key])
 
 
 @pytest.mark.parametrize("order", ["joint", "weights-first"])

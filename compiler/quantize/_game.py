@@ -27,14 +27,15 @@ from dfqc.compiler.graph import Graph
 from dfqc.compiler.opponent import Opponent
 from dfqc.compiler.quantize._entropy import student_loss
 from dfqc.compiler.quantize._game_options import GameOptions, Settings
+from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
 from dfqc.compiler.quantize._student import Student
 from dfqc.compiler.steps import Losses, Steps
 
 log = logging.getLogger(__name__)
 
 DRAWN = 64  # images that are looked at after each part
-# Where a generator counts as collapsed: share of twins; evenness of the classes after it was good.
-TWINS_LIMIT, EVENNESS_LIMIT, EVENNESS_GOOD = 0.5, 0.5, 0.7
+# Where a generator counts as collapsed beside twins: evenness of the classes after it was good.
+EVENNESS_LIMIT, EVENNESS_GOOD = 0.5, 0.7
 _TENSORS, _NOTES = "game.safetensors", "game.json"
 
 
@@ -210,7 +211,7 @@ class Game:
             return 0.0, f"the generator collapsed: {error}"
         seen = found.predictions
         evenness = 1.0 if seen is None else seen.evenness
-        if found.twins.images > TWINS_LIMIT * found.images:
+        if found.twins.images > calib_quality.TWINS_COLLAPSED * found.images:
             return evenness, (
                 f"the generator collapsed: {found.twins.images} of {found.images} images nearly "
                 "equal another one"
@@ -235,29 +236,6 @@ class Game:
         self.student.restore(_under("student/", tensors))
         self.opponent.restore(_under("opponent/", tensors))
         unpack_optimizer(self.optimizer, _under("optimizer/", tensors))
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return what an optimizer has gathered, by the place of its parameter, on the CPU."""
-    places = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        f"{place}/{name}": value.detach().cpu().clone()
-        for place, parameter in enumerate(places)
-        for name, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer what `pack_optimizer` returned."""
-    places = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.state.clear()
-    for key, value in tensors.items():
-        place, _, name = key.partition("/")
-        parameter = places[int(place)]
-        counter = value.dim() == 0 and not optimizer.defaults.get("fused")
-        device = value.device if counter else parameter.device
-        optimizer.state[parameter][name] = value.to(device).clone()
 
 
 def save_part(part: Part, folder: Path) -> None:

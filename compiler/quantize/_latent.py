@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import QParams, QTensor, WeightGrid
 from dfqc.compiler.quantize import rtn
-from dfqc.compiler.quantize._learned import LearnedGrid, _Round
+from dfqc.compiler.quantize._learned import LearnedGrid, RoundToGrid
 from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.quantize._rounding import Layer, LearnedWeight, Units
 from dfqc.compiler.spec import QScheme
@@ -188,7 +188,7 @@ class LatentGrid(LearnedGrid):
         slope = 1 / (max(1, x[0].numel()) * self.scheme.quant_max) ** 0.5
         mask = None if self.masks is None else self.masks.draw(x.shape)
         scale = scaled_gradient(self.scale, slope)
-        result: Tensor = _Round.apply(x, scale, mask, *ends)  # type: ignore[no-untyped-call]
+        result: Tensor = RoundToGrid.apply(x, scale, mask, *ends)  # type: ignore[no-untyped-call]
         return result
 
     @torch.no_grad()

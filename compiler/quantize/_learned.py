@@ -68,7 +68,7 @@ class LearnedGrid(nn.Module):
             rounded = affine.fake_quantize(x, self.scale, self.zero_point, self.scheme)
             return rounded if mask is None else torch.lerp(rounded, x, mask)
         ends = self.scheme.quant_min - self.zero_point, self.scheme.quant_max - self.zero_point
-        result: Tensor = _Round.apply(x, self.scale, mask, *ends)  # type: ignore[no-untyped-call]
+        result: Tensor = RoundToGrid.apply(x, self.scale, mask, *ends)  # type: ignore[no-untyped-call]
         return result
 
     @property
@@ -93,7 +93,7 @@ class LearnedGrid(nn.Module):
         return QParams(float(self.scale.detach()), self.zero_point)
 
 
-class _Round(torch.autograd.Function):
+class RoundToGrid(torch.autograd.Function):
     """s * round(clip(x / s, low, high)), straight-through in x, LSQ's gradient in s."""
 
     @staticmethod

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfqc.compiler.contracts import Checkpoint, Progress, QuantState
+from dfqc.compiler.judging import move
 from dfqc.compiler.quantize._kd import Losses, Teacher
+from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
 from dfqc.compiler.quantize._student import Student
 from dfqc.compiler.steps import Losses as Trail
 from dfqc.compiler.steps import Steps, cosine
@@ -29,7 +31,7 @@ from dfqc.compiler.steps import Steps, cosine
 log = logging.getLogger(__name__)
 
 PARTS = 10
-_FILE, _OWN = "student.safetensors", "student/"
+_FILE, _OWN, _OPTIMIZER = "student.safetensors", "student/", "optimizer/"
 _SEED_STEP = 7_919  # between the seeds of two parts
 _WORSE = 2.0  # times the distance of the start, which may be blind itself
 
@@ -223,21 +225,14 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"{_OWN}{n}": value for n, value in self.student.snapshot().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                found[f"optimizer/{number}/{name}"] = value.detach().cpu().clone()
+        packed = pack_optimizer(self.optimizer)
+        found |= {f"{_OPTIMIZER}{name}": value for name, value in packed.items()}
         return found
 
     def _restore(self, part: Part) -> None:
         self.student.restore(student_tensors(part))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in part.tensors.items():
-            kind, _, rest = key.partition("/")
-            if kind == "optimizer":
-                number, _, name = rest.partition("/")
-                state.setdefault(int(number), {})[name] = value.clone()
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**whole, "state": state})
+        own = {k: v for k, v in part.tensors.items() if k.startswith(_OPTIMIZER)}
+        unpack_optimizer(self.optimizer, {k.removeprefix(_OPTIMIZER): v for k, v in own.items()})
 
 
 def student_tensors(part: Part, *, prefix: bool = False) -> dict[str, Tensor]:
@@ -252,10 +247,6 @@ def moved(images: Tensor, shift: float, rng: torch.Generator) -> Tensor:
     What is learned is what the float network answers, to any image: each is its own label.
     """
     mirrored = torch.rand(len(images), generator=rng) < 0.5
-    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     limits = [round(shift * side) for side in images.shape[2:]]
     ways = [torch.randint(-n, n + 1, (len(images),), generator=rng).tolist() for n in limits]
-    rolled = [
-        image.roll((down, right), (1, 2)) for image, down, right in zip(images, *ways, strict=True)
-    ]
-    return torch.stack(rolled)
+    return move(images, mirrored, zip(*ways, strict=True))
