@@ -34,7 +34,7 @@ def unit(kind=SoftRounding, rounding="soft", **options):
     return region, learned, acts, data, chosen
 
 
-def train(region, learned, acts, data, options, *, seconds=None, penalty=None):
+def train(region, learned, acts, data, options, *, seconds=None, penalty=None, limit=None):
     return train_unit(
         *(region, [learned], [acts], data, options),
         rng=torch.Generator().manual_seed(0),
@@ -42,6 +42,7 @@ def train(region, learned, acts, data, options, *, seconds=None, penalty=None):
         seconds=seconds,
         progress=silent,
         penalty=penalty,
+        limit=limit,
     )
 
 
@@ -76,6 +77,20 @@ def test_the_rounding_loss_decides_every_weight():
     train(*parts)
     share = parts[1].share()[inside]
     assert ((share < 0.02) | (share > 0.98)).all()
+
+
+@pytest.mark.parametrize("limit", [1, 1000])
+def test_a_batch_in_parts_learns_the_same(limit):
+    whole, parts = (unit(**FAST, drop=0.0, inputs="quantized") for _ in range(2))
+    seen = []
+    parts[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    first = train(*whole)
+    second = train(*parts, limit=limit)
+    counted = seen[2:]  # a row, and two, to see what they take
+    assert max(counted) < 16  # the batch
+    assert sum(counted) == 150 * 16
+    assert second.loss == pytest.approx(first.loss, rel=1e-3)
+    assert parts[2].qparams().scale == pytest.approx(whole[2].qparams().scale, rel=1e-4)
 
 
 def test_a_rate_of_zero_changes_nothing():

@@ -24,6 +24,7 @@ from dfqc.compiler.quantize import _output
 from dfqc.compiler.quantize._caches import Budget, Cache
 from dfqc.compiler.quantize._layers import UnitLayers
 from dfqc.compiler.quantize._learned import LearnedGrid
+from dfqc.compiler.quantize._micro import training_bytes
 from dfqc.compiler.quantize._rounding import FlexRounding, SoftRounding
 from dfqc.compiler.quantize._schedule import Clock, Report
 from dfqc.compiler.quantize._stream import Stream
@@ -117,7 +118,8 @@ class Run:
                 )
                 network.quantize_acts(one.acts)
                 trainer = _Trainer(
-                    self, one, clock, report, budget, self.seed + _SEED_STEP * number
+                    *(self, one, clock, report, budget, self.seed + _SEED_STEP * number),
+                    limit=training_bytes(supplies.memory_bytes),
                 )
                 walker = Walker(
                     network,
@@ -159,8 +161,11 @@ class Run:
 
         def make() -> tuple[UnitState, dict[str, str]]:
             stream = self._stream(self.images, budget)
+            limit = training_bytes(supplies.memory_bytes)
             progress = report.of("network")
-            tuned, notes = tune(self, state, stream, seconds=clock.left(), progress=progress)
+            tuned, notes = tune(
+                *(self, state, stream), seconds=clock.left(), limit=limit, progress=progress
+            )
             return tuned, {"tuned": json.dumps(notes)}
 
         def save(value: Any, folder: Path) -> None:
@@ -227,6 +232,7 @@ class _Trainer:
     report: Report
     budget: Budget
     seed: int
+    limit: int  # bytes of a batch's activations
 
     def __call__(
         self, unit: Unit, network: Network, data: UnitData, acts: Sequence[str], number: int
@@ -256,6 +262,7 @@ class _Trainer:
                 seconds=None if seconds is None else seconds * share,
                 progress=self.report.of(unit.name),
                 penalty=tail.penalty,
+                limit=self.limit,
             )
             self.report.finish(phase.train.iterations)
             if layers is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dfqc.compiler.contracts import Progress
 from dfqc.compiler.quantize._learned import DropMasks, LearnedGrid
+from dfqc.compiler.quantize._micro import rows_at_once
 from dfqc.compiler.quantize._rounding import FlexRounding, LearnedWeight, SoftRounding
 from dfqc.compiler.quantize._stream import Rows
 from dfqc.compiler.steps import Steps, cosine
@@ -80,6 +81,7 @@ def train_unit(
     seconds: float | None,
     progress: Progress,
     penalty: Callable[[Tensor, Tensor], Tensor] | None = None,
+    limit: int | None = None,
 ) -> Trained:
     """Learn rounding, steps and biases of a unit, and leave its layers hard.
 
@@ -94,6 +96,7 @@ def train_unit(
         seconds: time for it; fewer iterations go through the whole schedule.
         progress: called per iteration.
         penalty: (output, rows' numbers) -> loss to add, for a term on the network's output.
+        limit: bytes that a batch's activations may take; beyond it, it goes through in parts.
     """
     before = [layer.quantized().codes for layer in layers]
     optimizers = _optimizers(layers, grids, options)
@@ -108,23 +111,22 @@ def train_unit(
     steps = Steps(options.iterations, seconds)
     # Written in place: thousands of small tensors among large ones would tear memory to pieces.
     losses = torch.zeros(options.iterations, device=device)
+    at_once = len(data.exact)
     for index in _batches(len(data.exact), options.batch_size, steps, rng):
-        x, target = _inputs(data, index, options, masks, device)
-        output = region(x)
-        difference = output - target
-        if data.weighting is not None:
-            difference = difference * data.weighting.read(index, device)
-        square = options.norm == 2
-        error = difference.square() if square else difference.abs().pow(options.norm)
-        loss = options.error_weight * error.sum(1).mean()
-        if penalty is not None:
-            loss = loss + penalty(output, index)
-        losses[steps.done] = loss.detach()
+        if steps.done == 0 and limit is not None:
+            x, _ = _inputs(data, index[:1], options, None, device)
+            at_once = rows_at_once(region, x, limit)
+        for part in index.split(at_once):
+            x, target = _inputs(data, part, options, masks, device)
+            loss = _loss(region(x), target, part, data, options, penalty)
+            loss = loss * (len(part) / len(index))
+            losses[steps.done] += loss.detach()
+            loss.backward()
         if options.round_weight and steps.fraction >= options.warm_up:
             power = _power(steps.fraction, options)
-            soft = [layer for layer in layers if isinstance(layer, SoftRounding)]
-            loss = loss + options.round_weight * sum(layer.undecided(power) for layer in soft)
-        loss.backward()
+            soft = [layer.undecided(power) for layer in layers if isinstance(layer, SoftRounding)]
+            if soft:
+                (options.round_weight * torch.stack(soft).sum()).backward()
         for group, rate in rates:
             group["lr"] = rate * (cosine(steps.fraction) if group["falls"] else 1.0)
         for optimizer in optimizers:
@@ -149,6 +151,24 @@ def train_unit(
         losses[steps.done - few : steps.done].mean().item(),
         flips / max(1, sum(codes.numel() for codes in after)),
     )
+
+
+def _loss(
+    output: Tensor,
+    target: Tensor,
+    index: Tensor,
+    data: UnitData,
+    options: TrainOptions,
+    penalty: Callable[[Tensor, Tensor], Tensor] | None,
+) -> Tensor:
+    """Return what some rows lose: the unit's error, and what the network's output adds."""
+    difference = output - target
+    if data.weighting is not None:
+        difference = difference * data.weighting.read(index, target.device)
+    square = options.norm == 2
+    error = difference.square() if square else difference.abs().pow(options.norm)
+    loss = options.error_weight * error.sum(1).mean()
+    return loss if penalty is None else loss + penalty(output, index)
 
 
 def _optimizers(

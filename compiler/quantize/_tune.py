@@ -36,6 +36,7 @@ def tune(
     stream: Stream,
     *,
     seconds: float | None,
+    limit: int,
     progress: Progress,
 ) -> tuple[UnitState, dict[str, Any]]:
     """Return the tuned scales and biases with the codes they belong to, and notes on how.
@@ -45,6 +46,7 @@ def tune(
         state: the assembled units.
         stream: the calibration images, at the network's input.
         seconds: time for it.
+        limit: bytes that a batch's activations may take.
         progress: called per iteration.
     """
     options = run.options
@@ -86,6 +88,7 @@ def tune(
         seconds=seconds,
         progress=progress,
         penalty=divergence,
+        limit=limit,
     )
     target.free()
     return layers.state(list(state.plan.quantizers)), dataclasses.asdict(trained)

@@ -3,6 +3,12 @@
 In: a folded graph, calibration images and a plan. Out: a `QuantState`, in seconds: the second
 moments of every layer's input say which errors cancel (Frantar et al. 2023). The moments are
 measured on the images, in the network quantized so far, or derived from batch-norm statistics.
+
+Damping is ten times the published 0.01, and fifty times where weights make up for the error of the
+layers before: what synthetic images correlate, real ones do less. Top-1 (divergence from the float
+network) on real images, 256 and 64 genie images, 0.01 for both / these: ResNet-20 W3A3 88.4 (0.206)
+/ 89.1 (0.165), W4A4 91.0 (0.063) / 90.8 (0.055); MobileNetV1-0.25 W8A8 57.8 (0.030) / 58.9 (0.016),
+W4A8 47.2 (0.56) / 46.7 (0.55), W4A4 4.8 (4.3) / 16.3 (2.9).
 """
 
 from __future__ import annotations
@@ -60,7 +66,8 @@ class Options(rtn.Options):
     hessian: Literal["images", "bn"] = "images"
     images: int = Field(256, ge=1, description="images of the calibration set to measure on")
     patches: int = Field(1 << 13, ge=1, description="input patches per layer to measure on")
-    damping: float = Field(0.01, ge=0, description="parts of the Hessian's mean diagonal")
+    damping: float = Field(0.1, ge=0, description="parts of the Hessian's mean diagonal")
+    shift_damping: float = Field(0.5, ge=0, description="the same, for what `asymmetric` adds")
     block_size: int = Field(128, ge=1)
     order: Order = "diagonal"
     asymmetric: bool = Field(True, description="make up for the error of the layers before")
@@ -265,7 +272,8 @@ def round_weight(
     factor = factorize(moments.quantized, options.damping, options.order)
     target = rows
     if moments.cross is not None:
-        target = shift_target(rows, factor, moments.cross, moments.quantized)
+        drawn = factorize(moments.quantized, options.shift_damping, options.order)
+        target = shift_target(rows, drawn, moments.cross, moments.quantized)
     best, chosen = affine.round_to_grid(target, grid, 0).codes.masked_fill(zero, 0), grid
     error = output_errors(target, best, factor.hessian, grid)
 

@@ -25,6 +25,7 @@ from dfqc.compiler.judging import augmented, split_judges
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn, squant
 from dfqc.compiler.quantize._choice import judging_parts, keep_best
+from dfqc.compiler.quantize._micro import estimate_bytes
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
 from dfqc.compiler.quantize._targets import make_targets
@@ -122,8 +123,9 @@ def count_passes(options: Options, samples: int) -> float:
 def count_bytes(options: Options, graph: Graph, samples: int) -> int:
     """Return what is kept: a unit's inputs and outputs, or what the closed form keeps."""
     closed = gptq.count_bytes(gptq.Options.model_validate({}), graph, samples)
+    learning = estimate_bytes(graph, min(options.batch_size, samples))
     if options.cache == "recompute":
-        return closed
+        return max(closed, learning)
     width = 2 if options.cache == "float16" else 4
     shapes = node_shapes(graph)
     values = [
@@ -131,7 +133,7 @@ def count_bytes(options: Options, graph: Graph, samples: int) -> int:
         for block in blocks(graph)
     ]
     most = max(values, default=0)
-    return max(closed, min(cache_bytes(None), width * options.copies * samples * most))
+    return max(closed, learning + min(cache_bytes(None), width * options.copies * samples * most))
 
 
 def named(name: str) -> Callable[..., QuantState]:

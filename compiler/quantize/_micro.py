@@ -1,0 +1,57 @@
+"""How many rows go through at once in training: a network and a limit in, a number out.
+
+What a backward pass needs is kept from the forward one, for a whole network about twice its
+activations. A batch that does not fit goes through in parts whose gradients add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dfqc.compiler.graph import Graph, node_shapes
+
+_MEMORY, _SHARE = 8 << 30, 0.25  # without a limit; what of it may hold activations
+_KEPT = 2.4  # of every activation; ResNet-20 and MobileNetV1: 2.3, 1.7
+
+
+def training_bytes(memory_bytes: int | None) -> int:
+    """Return what the activations of a batch may take; the same on every machine."""
+    return int(_SHARE * (memory_bytes or _MEMORY))
+
+
+def estimate_bytes(graph: Graph, batch: int, memory_bytes: int | None = None) -> int:
+    """Return about what training a whole network keeps of a batch, never more than the limit."""
+    row = 4 * _KEPT * sum(math.prod(shape) for shape in node_shapes(graph).values())
+    return min(training_bytes(memory_bytes), int(row * batch))
+
+
+def rows_at_once(forward: Callable[[Tensor], Tensor], row: Tensor, limit: int) -> int:
+    """Return how many rows fit into `limit` bytes, one at least.
+
+    Args:
+        forward: what is differentiated; parameters count for nothing, as they do not grow.
+        row: an input, (1, ...); counted once and twice, to tell what grows with rows.
+        limit: bytes for all that is kept for the backward pass.
+    """
+    one, two = (_kept_bytes(forward, part) for part in (row, torch.cat([row, row])))
+    return max(1, limit // max(1, two - one))
+
+
+def _kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Return the bytes of the different tensors that autograd keeps."""
+    kept: dict[int, int] = {}
+
+    def count(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if not isinstance(value, nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+        output = forward(x)
+    del output
+    return sum(kept.values())

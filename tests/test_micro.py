@@ -1,0 +1,26 @@
+"""Rows that fit into memory while something is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dfqc.compiler.quantize._micro import rows_at_once, training_bytes
+
+
+def test_what_grows_with_rows_is_counted_and_parameters_are_not():
+    # Kept of every row: the first layer's input, and the ReLU's result, which the second one reads.
+    module = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 1000))
+    row = torch.randn(1, 100)
+    per_row = 4 * (100 + 50)
+    assert rows_at_once(module, row, 10 * per_row) == 10
+    assert rows_at_once(module, row, 11 * per_row - 1) == 10
+
+
+def test_one_row_always_fits():
+    assert rows_at_once(nn.Linear(8, 8), torch.randn(1, 8), 1) == 1
+
+
+def test_the_share_follows_the_limit():
+    assert training_bytes(1 << 30) == 1 << 28
+    assert training_bytes(None) == 2 << 30
