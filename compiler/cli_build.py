@@ -115,6 +115,9 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
         lines.append(f"pruning    {summarize(pruning)}")
     if chosen := manifest["allocation"]:
         lines.append(f"bits       {chosen['avg_bits']:.2f} on average under {chosen['limit']}")
+    if tuned := manifest["autotune"]:
+        left = ", ".join(tuned["in_float"]) or "no layer"
+        lines.append(f"autotune   {left} in float ({len(tuned['trials'])} engines tried)")
     if top1["images"]:
         built = top1["simulated"] if top1["engine"] is None else top1["engine"]
         lines.append(

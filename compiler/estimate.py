@@ -74,6 +74,7 @@ def estimate(
         Estimate("holdout", half * matched * image, kept * half),
         *_refit(recipe, image, activations),
         *_allocation(recipe, facts, image),
+        *_autotune(recipe, facts, image),
         _quantization(recipe, graph, image, pixels, activations),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
@@ -116,6 +117,16 @@ def _allocation(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[
     lowering = 3 * (2.0 + facts["params"] / 12e6) if recipe.size else 0.0
     kept = 2 * min(CHUNK_BYTES, count * 4 * facts["activations"])
     return [Estimate("allocate", passes * image + lowering, kept + 5 * facts["params"])]
+
+
+def _autotune(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[Estimate]:
+    """Two engines a trial, a trial for every few layers."""
+    if not recipe.autotune:
+        return []
+    trials = 3 + facts["layers"]
+    lowering = 2 * (1.0 + facts["params"] / 12e6)
+    calls = 2 * (50 * recipe.batch + 8) * image
+    return [Estimate("autotune", trials * (lowering + calls), 6 * 4 * facts["params"])]
 
 
 def _options(job: Job) -> Any:

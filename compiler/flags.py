@@ -49,6 +49,7 @@ FLAGS = (
     Flag("avg_bits", float, "choose weight bits per layer: their average", "BITS", _PLAN),
     Flag("size", str, "choose weight bits per layer: size of model.onnx", "200k", _PLAN),
     Flag("trt_base", str, "TensorRT: fp32 or fp16 for what is not quantized", "TYPE", _PLAN),
+    Flag("autotune", bool, "leave layers in float that are faster so, by timing", panel=_PLAN),
     Flag("prune", str, "part of the channels to remove; auto: what --size asks", "PART", _PRUNE),
     Flag("prune_by", str, "uniform, or error: where it costs least", "NAME", _PRUNE),
     Flag("params", float, "keep this part of the parameters, shared by error", "PART", _PRUNE),

@@ -60,8 +60,15 @@ class Job:
 
 
 def make_job(recipe: Recipe) -> Job:
-    """Bind a recipe; raises `LoadError` for files that are missing or empty."""
+    """Bind a recipe.
+
+    Raises:
+        LoadError: files that are missing or empty.
+        EnvironmentFault: --autotune without the target's runtime.
+    """
     usable, runtime = plugins.load("target", recipe.target).available()
+    if recipe.autotune and not usable:
+        raise EnvironmentFault(f"--autotune times engines, and there is none here: {runtime}")
     recipe = _fit_samples(recipe)
     return Job(
         recipe,

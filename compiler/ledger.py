@@ -9,13 +9,14 @@ from dfqc.compiler.allocate import Effect, table_from_json
 from dfqc.compiler.pipeline import Build
 from dfqc.compiler.pruning_report import PRUNING, list_widths
 from dfqc.compiler.stages_allocate import ALLOCATION
+from dfqc.compiler.stages_autotune import TRIALS
 from dfqc.compiler.stages_engine import METRICS, PARITY
 from dfqc.compiler.storage import INFO, PLAN
 
 
 def list_layers(build: Build) -> list[dict[str, Any]]:
     """Return what every layer asked for, got and runs as, and how its weights were rounded."""
-    planned = build.data("allocate", PLAN)["layers"]
+    planned = build.data("autotune", PLAN)["layers"]
     table = table_from_json(build.data("allocate", ALLOCATION).get("table", {}))
     sqnr = build.data("evaluate", METRICS)["layers"]
     executed: Mapping[str, str] = {}
@@ -46,6 +47,12 @@ def describe_allocation(build: Build) -> dict[str, Any] | None:
     """Say under what the weights' bits were chosen, and what came of it; None: they were given."""
     about = build.data("allocate", ALLOCATION)
     return {name: value for name, value in about.items() if name != "table"} or None
+
+
+def describe_autotune(build: Build) -> dict[str, Any] | None:
+    """Say which layers are faster in float, and what was timed; None: nothing was tried."""
+    found: dict[str, Any] = build.data("autotune", TRIALS)
+    return found or None
 
 
 def _sensitivity(row: Mapping[int, Effect] | None) -> dict[str, Any] | None:

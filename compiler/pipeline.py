@@ -13,6 +13,7 @@ from dfqc.compiler import stage_keys as depend
 from dfqc.compiler import (
     stages,
     stages_allocate,
+    stages_autotune,
     stages_calib,
     stages_engine,
     stages_lower,
@@ -151,9 +152,21 @@ STAGES: tuple[Stage, ...] = (
         environment=depend.allocation,
         code=depend.backend("allocate", "sensitivity", "plan", "quantize.rtn"),
     ),
+    # Before anything is learned: what is left in float takes no part in it. Timed, so that another
+    # machine may choose otherwise; without --autotune the plan passes through.
+    Stage(
+        "autotune",
+        ("fold", "allocate"),
+        stages_autotune.autotune,
+        stages_autotune.save_choice,
+        storage.load_plan,
+        options=stages_autotune.options,
+        environment=stages_autotune.environment,
+        code=depend.backend("autotune", "plan", "quantize.rtn"),
+    ),
     Stage(
         "quantize",
-        ("equalize", "prune", "refit", "fold", "allocate", "synthesize", "holdout"),
+        ("equalize", "prune", "refit", "fold", "autotune", "synthesize", "holdout"),
         stages.quantize,
         storage.save_state,
         storage.load_state,

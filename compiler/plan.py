@@ -7,7 +7,7 @@ them: one quantizer per tensor and bit width, never one per consumer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -90,6 +90,31 @@ def make_plan(
         },
         quantizers,
     )
+
+
+def leave_float(
+    graph: Graph, target: TargetSpec, plan: Plan, names: Collection[str], reason: str
+) -> Plan:
+    """Return a plan in which some layers compute in float, quantizers placed anew.
+
+    Args:
+        graph: the folded graph.
+        target: what the engine accepts.
+        plan: of this graph and target.
+        names: module paths of layers.
+        reason: why, for the ledger.
+    """
+    layers = {
+        name: dataclasses.replace(layer, exported=FLOAT, weight=None, input=None, reason=reason)
+        if name in names
+        else layer
+        for name, layer in plan.layers.items()
+    }
+    quantizers, inputs = place(graph, target, layers)
+    finished = {
+        name: _finish(layer, inputs.get(layer.node), quantizers) for name, layer in layers.items()
+    }
+    return dataclasses.replace(plan, layers=finished, quantizers=quantizers)
 
 
 def _keep_image(

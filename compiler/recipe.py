@@ -8,21 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfqc.compiler import plugins
 from dfqc.compiler.allocate import widths
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.pruning_flags import (
-    check_pruning,
-    parse_part,
-    parse_sparsity,
-    read_amount,
-    read_sparsity,
-    read_switch,
-)
+from dfqc.compiler.pruning_flags import check_pruning, parse_part, parse_sparsity
+from dfqc.compiler.recipe_values import Amount, Names, Numbers, Rules, Size, Sparsity, Switch
 from dfqc.compiler.spec import (
     Bits,
     Rule,
@@ -39,32 +33,6 @@ Effort = Literal["quick", "standard", "max"]
 SAMPLES: Mapping[str, int] = {"quick": 64, "standard": 256, "max": 1024}
 # Where things lie on this machine: not part of what is built, and left out of saved recipes.
 _PLACES = ("output", "cache_dir")
-
-
-def _split_size(value: Any) -> Any:
-    return value.lower().split("x") if isinstance(value, str) else value
-
-
-def _split_numbers(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
-
-
-def _split_names(value: Any) -> Any:
-    return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
-
-
-def _as_rules(value: Any) -> Any:
-    """Accept `{pattern: bits}` beside the list of `pattern=bits` that the flag gives."""
-    return [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
-
-
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_split_numbers)]
-Size = Annotated[tuple[int, int, int], BeforeValidator(_split_size)]
-Rules = Annotated[tuple[str, ...], BeforeValidator(_as_rules)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
-Sparsity = Annotated[str | None, BeforeValidator(read_sparsity)]
-Amount = Annotated[float | Literal["auto"] | None, BeforeValidator(read_amount)]
-Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(read_switch)]
 
 
 class Recipe(BaseModel):
@@ -88,6 +56,7 @@ class Recipe(BaseModel):
     avg_bits: float | None = Field(None, gt=0)
     size: str | None = None
     trt_base: Literal["fp32", "fp16"] = "fp32"
+    autotune: bool = False
 
     prune: Amount = None
     prune_by: Literal["uniform", "error"] = "uniform"
@@ -246,6 +215,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_bits(rule.bits, target, where=f"--layer {rule.pattern!r}")
     check_base(recipe.trt_base, target)
     _check_weight_limit(recipe, target)
+    _check_autotune(recipe)
     check_pruning(recipe)
     _check_calibration(recipe)
     _check_image(recipe)
@@ -273,6 +243,14 @@ def _check_weight_limit(recipe: Recipe, target: TargetSpec) -> None:
         raise UsageError(
             f"{limit}: below the narrowest weights of target '{target.name}'; expected "
             f"{narrow} to {wide}"
+        )
+
+
+def _check_autotune(recipe: Recipe) -> None:
+    if recipe.autotune and recipe.size is not None:
+        raise UsageError(
+            "--autotune leaves layers in float, whose weights take four times the room: it cannot "
+            f"keep --size {recipe.size}; use one of both"
         )
 
 

@@ -68,6 +68,7 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
         section("Layers", layers_chart(manifest.get("layers", []))),
         section("Precision ledger", _ledger(manifest.get("layers", []))),
         section("Weight bits under a limit", _allocation(manifest)),
+        section("Layers that are faster in float", _autotuned(manifest)),
         section("Stages", show_stages(manifest.get("stages", []))),
         section("Reproduce", _command(manifest)),
         section(
@@ -229,6 +230,28 @@ def _common_reasons(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _why(reason: object, notes: Sequence[str]) -> object:
     return f"note {notes.index(str(reason)) + 1}" if reason in notes else reason
+
+
+def _autotuned(manifest: Mapping[str, Any]) -> str:
+    about = manifest.get("autotune")
+    if not about:
+        return ""
+    rows = [
+        [
+            trial["what"],
+            len(trial["layers"]),
+            number(trial["median"], 3),
+            number(trial["best"], 3),
+            "yes" if trial["kept"] else "no",
+        ]
+        for trial in about["trials"]
+    ]
+    header = ("in float", "layers", "times as fast (medians)", "(best calls)", "kept")
+    note = (
+        f"Engines of batch {about['batch']} on {about['threads']} threads, each timed in turns "
+        "with the best before it. For another machine: build there, or name layers with --layer."
+    )
+    return table(header, rows, numeric=(1, 2, 3)) + f"<p>{escape(note)}</p>"
 
 
 def _width(layer: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ def quantize(context: Context) -> QuantState:
     state: QuantState = plugin.quantize(
         context.value("fold"),
         context.value("synthesize"),
-        context.value("allocate"),
+        context.value("autotune"),
         options,
         rng=torch.Generator(device).manual_seed(context.seed()),
         device=device,
