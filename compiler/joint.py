@@ -1,4 +1,4 @@
-"""Pruning and weight bits under limits: a network and judging images in, its trade-offs out.
+"""Pruning and weight bits under limits: networks and judging images in, their trade-offs out.
 
 Every point is a network that was pruned, restored in closed form and rounded to nearest with its
 biases corrected, all without data; what it costs is the bytes of its file, its parameters and its
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dfqc.compiler import affine
-from dfqc.compiler.contracts import Progress, QuantState, silent
+from dfqc.compiler.contracts import QuantState
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, copy_graph, count_macs, count_params
 from dfqc.compiler.passes import bias
@@ -63,43 +63,33 @@ class Point:
 
 def measure(
     original: Graph,
+    smaller: Graph,
     images: Tensor,
-    cut: Callable[[Way], Graph | None],
     plan_at: Callable[[Graph, int | None], Plan],
     file_bytes: Callable[[Graph, Plan], int | None],
     *,
     widths: Sequence[int | None],
-    ways: Sequence[Way],
-    progress: Progress = silent,
+    way: Way | None,
 ) -> list[Point]:
-    """Return the points of the whole network and of all ways to prune it, at all widths.
+    """Return the points of one network, at all widths.
 
     Args:
         original: unfolded network.
+        smaller: the same pruned and restored; or itself.
         images: (n, c, h, w), normalized, to compare outputs on.
-        cut: returns the unfolded network pruned in that way, restored; None where so much cannot
-            go.
         plan_at: returns the plan of a folded network whose free weights have so many bits.
         file_bytes: returns the size of the file of a folded network under a plan, or None.
         widths: weight bits to try.
-        ways: to try.
-        progress: called per network.
+        way: in which it was pruned.
     """
-    points = []
-    for number, way in enumerate((None, *ways)):
-        share, part = (way.share, way.part) if way else (None, 0.0)
-        smaller = original if way is None else cut(way)
-        progress(number, len(ways) + 1, f"{way.part:.0%} of the {way.share}" if way else "whole")
-        if smaller is None:
-            continue
-        folded = fold(smaller)
-        counts = count_params(smaller), count_macs(smaller)
-        for bits in widths:
-            plan = plan_at(folded, bits)
-            rounded = _round(folded, smaller, plan)
-            distance = bias.divergence(original, rounded, images, device=torch.device("cpu"))
-            size = file_bytes(folded, plan)
-            points.append(Point(share, part, bits, size, *counts, distance))
+    share, part = way or (None, 0.0)
+    folded, points = fold(smaller), []
+    counts = count_params(smaller), count_macs(smaller)
+    for bits in widths:
+        plan = plan_at(folded, bits)
+        rounded = _round(folded, smaller, plan)
+        distance = bias.divergence(original, rounded, images, device=torch.device("cpu"))
+        points.append(Point(share, part, bits, file_bytes(folded, plan), *counts, distance))
     return points
 
 

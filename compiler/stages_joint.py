@@ -7,9 +7,11 @@ or together. Under --size weight bits are part of the trade; without it they are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
@@ -18,12 +20,13 @@ from dfqc.compiler.driver import Context
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.storage import load_json, save_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dfqc.compiler.graph import Graph
-    from dfqc.compiler.joint import Way
+    from dfqc.compiler.joint import Point, Way
     from dfqc.compiler.recipe import Recipe
     from dfqc.compiler.spec import Plan
 
@@ -37,6 +40,8 @@ _RESERVES = 4  # grids of activations, which need images, add nodes and constant
 _SHARES = {"bytes": ("channels", "params"), "params": ("params", "channels"),
            "macs": ("macs", "channels")}  # fmt: skip
 _HALVINGS = 8  # of the part of one count that just keeps the limit on another
+_POINTS = "points.json"
+_LIMITS = ("size", "avg-bits", "params", "macs")  # what was measured serves others, too
 _DIGITS = 12  # 1 - (1 - part) is part again
 
 
@@ -56,8 +61,8 @@ def choose_way(context: Context, original: Graph) -> tuple[Way | None, dict[str,
     job: Job = context.settings
     recipe, target = job.recipe, job.backend.TARGET
     facts = model_facts(original) | {"sha256": "0" * 64}
-    curves = rank_once(recipe, original)
     limits = _limits(recipe, original)
+    curves = rank_once(recipe, original)
 
     def keep(way: Way) -> Mapping[str, Tensor] | None:
         try:
@@ -81,21 +86,43 @@ def choose_way(context: Context, original: Graph) -> tuple[Way | None, dict[str,
             return None
         return file_bytes(job, folded, facts, plan) + _RESERVES * RESERVE * len(plan.quantizers)
 
-    ways = _list_ways(recipe, original, limits, keep)
-    points = joint.measure(
-        *(original, _images(context), cut, plan_at, size),
-        widths=_widths(job),
-        ways=ways,
-        progress=context.progress(),
-    )
+    @functools.cache
+    def images() -> Tensor:
+        return _images(context)
+
+    def measure(way: Way | None) -> list[joint.Point]:
+        smaller = cut(way) if way else original
+        if smaller is None:
+            return []
+        functions = (images(), plan_at, size)
+        return joint.measure(original, smaller, *functions, widths=widths, way=way)
+
+    widths = _widths(job)
+    ways: list[Way | None] = [None, *_list_ways(recipe, original, limits, keep)]
+    points, report = [], context.progress()
+    for number, way in enumerate(ways):
+        report(number, len(ways), f"{way.part:.0%} of the {way.share}" if way else "all of it")
+        part = {"way": way, "widths": widths, "file": "bytes" in limits}
+        points += context.checkpoint(
+            *(part, functools.partial(measure, way), _save_points, _load_points), without=_LIMITS
+        )
     chosen = joint.choose(points, limits)
     log.info("prune: %g of the %s go for %s", chosen.part, chosen.share or "network", limits)
-    way = joint.Way(chosen.share, chosen.part) if chosen.share else None
-    return way, {
+    return joint.Way(chosen.share, chosen.part) if chosen.share else None, {
         "limits": limits,
         "chosen": dataclasses.asdict(chosen),
         "points": joint.to_json(points, limits),
     }
+
+
+def _save_points(points: Sequence[Point], folder: Path) -> None:
+    save_json([dataclasses.asdict(point) for point in points], folder / _POINTS)
+
+
+def _load_points(folder: Path) -> list[Point]:
+    from dfqc.compiler.joint import Point
+
+    return [Point(**row) for row in load_json(folder / _POINTS)]
 
 
 def with_way(recipe: Recipe, way: Way | None) -> Recipe:

@@ -34,29 +34,23 @@ def weight_bytes(folded, plan):
     return sum(bits[name] * sizes[name] for name in bits) // 8
 
 
-def cut(original):
-    def smaller(way):
-        if way.part > 0.5:
-            return None
-        amount = {"channels": way.part} if way.share == "channels" else {way.share: 1 - way.part}
-        decision = pruning.choose(original, pruning.Options(**amount, criterion="restored"))
-        return restore(original, decision.keep, Options())
-
-    return smaller
+def cut(original, way):
+    amount = {"channels": way.part} if way.share == "channels" else {way.share: 1 - way.part}
+    decision = pruning.choose(original, pruning.Options(**amount, criterion="restored"))
+    return restore(original, decision.keep, Options())
 
 
-WAYS = (Way("channels", 0.3), Way("macs", 0.3), Way("macs", 0.9))
-
-
-def measured(widths, ways):
+def measured(widths, way=None):
     original = quantized.traced("plain")
-    arguments = (original, IMAGES, cut(original), plan_at, weight_bytes)
-    return joint.measure(*arguments, widths=widths, ways=ways)
+    smaller = cut(original, way) if way else original
+    functions = (IMAGES, plan_at, weight_bytes)
+    return joint.measure(original, smaller, *functions, widths=widths, way=way)
 
 
 @pytest.fixture(scope="module")
 def points():
-    return measured((2, 8), WAYS)
+    ways = (None, Way("channels", 0.3), Way("macs", 0.3))
+    return [point for way in ways for point in measured((2, 8), way)]
 
 
 def test_every_way_and_width_is_a_network_of_its_own(points):
@@ -74,8 +68,8 @@ def test_every_way_and_width_is_a_network_of_its_own(points):
 
 
 def test_without_widths_the_plan_says_the_bits():
-    (whole,) = measured((None,), ())
-    (expected,) = measured((4,), ())
+    (whole,) = measured((None,))
+    (expected,) = measured((4,))
     assert whole.bits is None
     assert whole.distance == expected.distance
 
