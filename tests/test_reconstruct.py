@@ -162,7 +162,7 @@ def test_caches_on_disk_and_recomputed_give_the_same():
     ids=str,
 )
 def test_every_variant_learns(net, options):
-    state = run(net, iterations=40, keep_best=False, skip_wide=False, **options)
+    state = run(net, iterations=60, keep_best=False, skip_wide=False, **options)
     nearest = quantized.quantize(quantized.folded(net), state.plan)
     assert error(net, state) < error(net, nearest)
     names = [name for row in state.info["units"] for name in row["layers"]]
