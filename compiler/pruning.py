@@ -12,34 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dfqc.compiler.graph import Graph
-    from dfqc.compiler.passes.prune import Curve
+    from dfqc.compiler.passes.prune import Curve, Decision
 
 
-def choose_channels(
-    recipe: Recipe, graph: Graph, curves: Mapping[str, Curve] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the channels that stay, and what is said of the choice.
-
-    `curves` (`prune.rank`) spare the ranking where several parts are tried on one graph.
-    """
+def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the channels that stay, and what is said of the choice."""
     from dfqc.compiler.channels import find_groups
-    from dfqc.compiler.passes import prune as pruning
 
-    assert recipe.prune != "auto"  # the part is chosen before
-    part = recipe.prune
-    by_error = recipe.prune_by == "error" or recipe.params or recipe.macs
-    criterion = _criterion(recipe, by_error=bool(by_error))
-    options = pruning.Options(
-        ratio=None if by_error else part,
-        channels=part if recipe.prune_by == "error" else None,
-        params=recipe.params,
-        macs=recipe.macs,
-        layers=recipe.pruned_layers,
-        criterion=criterion,
-        multiple=recipe.channel_multiple,
-        residual=recipe.prune_residual,
-    )
-    decision = pruning.choose(graph, options, curves)
+    decision = decide(recipe, graph)
     groups = {group.name: group for group in find_groups(graph)}
     if not decision.keep:
         widest = max(groups[name].size for name in decision.ratios)
@@ -63,10 +43,32 @@ def choose_channels(
         method = "uniform" if recipe.prune_by == "uniform" else "channels"
     return dict(decision.keep), {
         "method": method,
-        "criterion": criterion,
+        "criterion": _criterion(recipe),
         "groups": rows,
         "left": left,
     }
+
+
+def decide(recipe: Recipe, graph: Graph, curves: Mapping[str, Curve] | None = None) -> Decision:
+    """Return which channels go, perhaps none.
+
+    `curves` (`rank_once`) spare the ranking where several amounts are tried on one graph.
+    """
+    from dfqc.compiler.passes import prune as pruning
+
+    assert recipe.prune != "auto"  # the amount is chosen before
+    by_error = _shared_by_error(recipe)
+    options = pruning.Options(
+        ratio=None if by_error else recipe.prune,
+        channels=recipe.prune if recipe.prune_by == "error" else None,
+        params=recipe.params,
+        macs=recipe.macs,
+        layers=recipe.pruned_layers,
+        criterion=_criterion(recipe),
+        multiple=recipe.channel_multiple,
+        residual=recipe.prune_residual,
+    )
+    return pruning.choose(graph, options, curves)
 
 
 def rank_once(recipe: Recipe, graph: Graph) -> dict[str, Curve]:
@@ -76,15 +78,20 @@ def rank_once(recipe: Recipe, graph: Graph) -> dict[str, Curve]:
 
     groups = [g for g in find_groups(graph) if g.prunable]
     groups = [g for g in groups if recipe.prune_residual or not g.residual]
-    options = pruning.Options(criterion=_criterion(recipe, by_error=True))
+    asked = recipe.model_copy(update={"prune_by": "error"})
+    options = pruning.Options(criterion=_criterion(asked))
     return pruning.rank(graph, groups, options)
 
 
-def _criterion(recipe: Recipe, *, by_error: bool) -> Any:
+def _shared_by_error(recipe: Recipe) -> bool:
+    return recipe.prune_by == "error" or bool(recipe.params or recipe.macs)
+
+
+def _criterion(recipe: Recipe) -> Any:
     """Return what `auto` stands for: the restored error knows what a channel costs elsewhere."""
     if recipe.prune_criterion != "auto":
         return recipe.prune_criterion
-    return "moments" if by_error else "l2"
+    return "moments" if _shared_by_error(recipe) else "l2"
 
 
 def make_sparse(recipe: Recipe, graph: Graph) -> tuple[Graph, Mapping[str, Tensor], dict[str, Any]]:

@@ -59,7 +59,7 @@ def read_amount(value: Any) -> Any:
     if not 0 < part < 1:
         raise UsageError(
             f"--prune: got {value}, expected a part above 0 and below 1, such as 0.3, or, with "
-            "--size, auto"
+            "--size, --params or --macs, auto"
         )
     return part
 
@@ -103,20 +103,21 @@ def check_pruning(recipe: Recipe) -> None:
 
 
 def _check_amounts(recipe: Recipe) -> None:
+    auto = recipe.prune == "auto"
     given = [f"--{name}" for name in ("prune", "params", "macs") if getattr(recipe, name)]
-    if len(given) > 1:
+    if len(given) > 1 and not auto:
         raise UsageError(f"{' and '.join(given)} both say how much is pruned: use one of them")
     if recipe.prune_by == "error" and recipe.prune is None:
         raise UsageError(
             "--prune-by error shares the channels of --prune out over the layers: give --prune "
             "(--params and --macs are always shared out so)"
         )
-    if recipe.prune == "auto" and recipe.size is None:
+    if auto and not (recipe.size or recipe.params or recipe.macs):
         raise UsageError(
-            "--prune auto: removes what a limit on the file asks for, and there is none: give "
-            "--size, or the part to remove, such as --prune 0.3"
+            "--prune auto: removes what limits ask for, and there is none: give --size, --params "
+            "or --macs, or the part to remove, such as --prune 0.3"
         )
-    if recipe.prune == "auto" and recipe.prune_layer:
+    if auto and recipe.prune_layer:
         raise UsageError(
             "--prune auto and --prune-layer both say how much is pruned: use one of them"
         )

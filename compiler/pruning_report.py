@@ -41,7 +41,7 @@ def summarize(about: Mapping[str, Any]) -> str:
         before, after = (sum(g[f"channels_{when}"] for g in groups) for when in ("before", "after"))
         parts.append(f"{before - after} of {before} channels of {len(groups)} groups removed")
     elif about.get("budget"):
-        parts.append("no channel removed: the limit is met by fewer bits at less cost")
+        parts.append("no channel removed: the limits are met without, at less cost")
     if sparsity := about["sparsity"]:
         share = f"{100 * sparsity['fraction']:.0f} % of the weights"
         parts.append(f"{share} of {len(sparsity['layers'])} layers zero ({sparsity['pattern']})")
@@ -82,25 +82,33 @@ def pruning_html(manifest: Mapping[str, Any]) -> str:
 
 
 def _trade_offs(budget: Mapping[str, Any] | None) -> str:
-    """Return the points that were tried for a limit on the file; those worth having are marked."""
+    """Return the points that were tried for the limits; those worth having are marked."""
     if not budget:
         return ""
-    chosen = budget["chosen"]
+    chosen, limits = budget["chosen"], budget["limits"]
     rows = [
         [
-            "chosen" if all(point[k] == chosen[k] for k in ("part", "bits")) else "",
+            _mark(point, chosen),
             "yes" if point["front"] else "",
-            f"{100 * point['part']:.0f} %",
-            f"w{point['bits']}",
-            f"{point['bytes']:,}",
+            f"{100 * point['part']:.1f} % of the {point['share']}" if point["share"] else "nothing",
+            ABSENT if point["bits"] is None else f"w{point['bits']}",
+            ABSENT if point["bytes"] is None else f"{point['bytes']:,}",
             f"{point['params']:,}",
             f"{point['macs']:,}",
             f"{point['distance']:.4g}",
         ]
-        for point in sorted(budget["points"], key=lambda point: point["bytes"])
+        for point in sorted(budget["points"], key=lambda p: [p[name] for name in limits])
     ]
-    header = ("", "Pareto front", "channels removed", "weights", "bytes", "parameters", "MACs")
-    return table((*header, "divergence"), rows, numeric=(2, 4, 5, 6, 7))
+    header = ("", "Pareto front", "removed", "weights", "bytes", "parameters", "MACs")
+    asked = {f"limit: {name}": f"{limit:,}" for name, limit in limits.items()}
+    asked["Pareto front of"] = ", ".join([*limits, "divergence"])
+    return pairs(asked) + table((*header, "divergence"), rows, numeric=(2, 4, 5, 6, 7))
+
+
+def _mark(point: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    if all(point[name] == value for name, value in chosen.items()):
+        return "chosen"
+    return "" if point["within"] else "beyond"
 
 
 def _shrunk(about: Mapping[str, Any], key: str) -> str:

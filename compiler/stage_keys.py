@@ -35,20 +35,21 @@ def prune_options(job: Job) -> Mapping[str, Any]:
         return {}
     amounts = pick("prune", "prune-by", "params", "macs", "prune-layer", "sparsity", "restore")(job)
     how = pick("prune-criterion", "prune-residual", "channel-multiple")(job)
-    limit = {}
+    limit: Mapping[str, Any] = {}
     if job.recipe.prune == "auto":
         target = dataclasses.asdict(job.backend.TARGET)
-        limit = {**pick("size", "bits", "ends", "layer", "device")(job), "target": target}
+        limit = pick("size", "avg-bits", "bits", "ends", "layer", "device")(job)
+        limit = {**limit, "target": target}
     return {**amounts, **how, **limit}
 
 
 def prune_environment(job: Job) -> Mapping[str, Any]:
-    """What computes; where a file is to be of a size, also what writes it."""
+    """What computes; where the amount is to be chosen, also what writes the file."""
     return allocation(job) if job.recipe.prune == "auto" else machine.versions("torch")
 
 
 def prune_code(job: Job) -> tuple[str, ...]:
-    """Code that decides and restores; for a size, also what makes images and writes files."""
+    """Code that decides and restores; for a choice, also what makes images and writes files."""
     ours: tuple[str, ...] = ("dfqc.compiler.pruning",)
     if job.recipe.prune == "auto":
         ours += (f"dfqc.backends.{job.recipe.target}", "dfqc.compiler.stages_joint")

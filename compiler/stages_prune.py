@@ -27,7 +27,7 @@ from dfqc.compiler.pruning import (
 from dfqc.compiler.pruning_report import PRUNING, REFIT
 from dfqc.compiler.recipe import Recipe
 from dfqc.compiler.stages import device_of
-from dfqc.compiler.stages_joint import choose_part
+from dfqc.compiler.stages_joint import choose_way, with_way
 from dfqc.compiler.storage import FLOAT_MODEL, load_json, save_json
 
 if TYPE_CHECKING:
@@ -86,9 +86,8 @@ def prune(context: Context) -> Cut:
     about: dict[str, Any] = {"restored_by": recipe.restore, "method": None, "criterion": None}
     about |= {"groups": [], "left": [], "sparsity": None}
     if recipe.prune == "auto":
-        part, about["budget"] = choose_part(context, original)
-        about["method"] = "size"
-        recipe = recipe.model_copy(update={"prune": part or None, "prune_by": "error"})
+        way, about["budget"] = choose_way(context, original)
+        recipe = with_way(recipe, way)
     if recipe.prunes:
         keep, found = choose_channels(recipe, original)
         graph = restore(original, keep, restoring(recipe))

@@ -19,6 +19,8 @@ SIZE = (3, 16, 16)
 CLASSES = 10
 # Seconds rather than minutes, and enough to give every stage something to do.
 QUICK = ("--samples", "8", "--effort", "quick", "--threads", "1")
+# Of the default quantizer, whose learning has tests of its own: here it only has to take place.
+FEW = ("--quantizer-option", "iterations=10", "--quantizer-option", "tune_iterations=5")
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,9 @@ def run(capsys: Any, workspace: Workspace, *arguments: object) -> Run:
 def build(capsys, workspace, *arguments, net="residual", output="package", code=0):
     """Build in this process and return the manifest that was printed."""
     folder = workspace.root / output
+    few = () if "--quantizer" in arguments else FEW
     done = run(
-        capsys, workspace, "build", *workspace.weights(net), *QUICK, *arguments,
+        capsys, workspace, "build", *workspace.weights(net), *QUICK, *few, *arguments,
         "-o", folder, "--json",
     )  # fmt: skip
     assert done.code == code, done.err
@@ -130,7 +133,7 @@ def labelled_by_float(workspace):
 
 
 SLOW = ("--samples", "12", "--synth-option", "batch_size=2", "--synth-option", "iterations=150",
-        "--effort", "quick", "--threads", "1")  # fmt: skip
+        "--effort", "quick", "--threads", "1", "--quantizer", "rtn")  # fmt: skip
 
 
 def asset_flags(assets: Path, name: str) -> tuple[Any, ...]:

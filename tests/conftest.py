@@ -1,5 +1,6 @@
 """What is set before any test file is imported, and the fixtures that several of them use."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -13,6 +14,16 @@ import torch
 import models
 from command import Workspace
 from model_files import FACTORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exporter_table():
+    """Make the exporter's table of operators once: anew for each export it is half of the time."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # elsewhere in another version, where it is slow again
+        return
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from command import QUICK, Workspace, run
+from command import FEW, QUICK, Workspace, run
 from test_without_torch import BLOCKER
 
 
@@ -20,7 +20,7 @@ def workspace(tmp_path_factory):
 def package(workspace, capsys):
     folder = workspace.root / "package"
     done = run(
-        capsys, workspace, "build", *workspace.weights("residual"), *QUICK, "--bits", "w4a4",
+        capsys, workspace, "build", *workspace.weights("residual"), *QUICK, *FEW, "--bits", "w4a4",
         "-o", folder, "--json",
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import yaml
 
-from command import QUICK, Workspace, build, labelled_by_float, run, stored_stages
+from command import FEW, QUICK, Workspace, build, labelled_by_float, run, stored_stages
 from dfqc.compiler.package import file_faults, open_package
 from dfqc.compiler.pipeline import STAGES
 
@@ -97,7 +97,7 @@ def test_a_second_identical_build_hits_every_stage_and_loads_no_torch(shared, ca
         "sys.exit('torch was loaded' if 'torch' in sys.modules else code)"
     )
     command = shared.command(
-        "build", *shared.weights(), *QUICK, "-o", shared.root / "second", "--json"
+        "build", *shared.weights(), *QUICK, *FEW, "-o", shared.root / "second", "--json"
     )
     done = subprocess.run(
         [command[0], "-c", code, *command[3:]], capture_output=True, text=True, check=False
@@ -247,7 +247,7 @@ def test_plan_does_no_work_and_says_what_would_be_done(workspace, capsys):
 
 def test_explain_names_the_field_that_differs(shared, capsys):
     build(capsys, shared)
-    given = ("plan", *shared.weights(), *QUICK, "--explain", "--json")
+    given = ("plan", *shared.weights(), *QUICK, *FEW, "--explain", "--json")
     rows = {r["name"]: r for r in run(capsys, shared, *given, "--samples", "9").json["stages"]}
     assert rows["trace"]["status"] == "hit"
     assert rows["synthesize"]["reasons"] == ["options.samples: 8 -> 9"]

@@ -45,7 +45,7 @@ FAMILIES = [
     Family("torchvision:mnasnet0_5"),
     Family("vgg11_bn", options={"mlp_ratio": 0.05}),
     # Pre-activation: a batch norm behind a concatenation or a sum has no layer to go to.
-    Family("densenet121", left=62),
+    Family("densenet121", left=12, options={"block_config": (2, 2, 2, 2)}),
     Family("torchvision:googlenet", options={"aux_logits": False, "init_weights": True}),
     Family("inception_v3", 96),
     Family("ghostnet_050"),
@@ -57,13 +57,13 @@ FAMILIES = [
     Family("ese_vovnet19b_slim_dw"),
     Family("lcnet_050"),
     Family("tinynet_e"),
-    Family("rexnet_100"),
+    Family("rexnet_100", options={"depth_mult": 0.4}),
     Family("torchvision:squeezenet1_1"),
     Family("convnext_atto"),
     Family("inception_next_atto"),
-    Family("deit_tiny_patch16_224", 224),
-    Family("vit_tiny_patch16_224", 64, options={"img_size": 64}),
-    Family("swin_tiny_patch4_window7_224", 56, options={"img_size": 56}),
+    Family("deit_tiny_patch16_224", 64, options={"img_size": 64, "depth": 4}),
+    Family("vit_tiny_patch16_224", 64, options={"img_size": 64, "depth": 4}),
+    Family("swin_tiny_patch4_window7_224", 56, options={"img_size": 56, "depths": (2, 2, 2, 2)}),
     Family("torchvision:swin_t"),
     Family("mobilevit_xxs"),
     Family("mobilevitv2_050"),
@@ -73,7 +73,7 @@ FAMILIES = [
     Family("pvt_v2_b0"),
     # Weight standardization: convolutions with computed weights stay operators.
     Family("eca_nfnet_l0"),
-    Family("xcit_nano_12_p16_224", 224, left=12),
+    Family("xcit_nano_12_p16_224", 64, left=4, options={"depth": 4}),
     Family("maxvit_rmlp_pico_rw_256", 256),
 ]
 

@@ -130,8 +130,9 @@ def test_a_network_without_classes_is_refused_before_any_work():
 
 
 def test_equal_seeds_give_equal_results_and_others_do_not():
-    assert same(play(keep_best=False), play(keep_best=False))
-    assert not same(play(keep_best=False), play(seed=1, keep_best=False))
+    first = play(keep_best=False)
+    assert same(first, play(keep_best=False))
+    assert not same(first, play(seed=1, keep_best=False))
 
 
 @pytest.mark.parametrize("start", ["published", "reconstruct"])

@@ -3,7 +3,7 @@ import signal
 import subprocess
 import time
 
-from command import QUICK, SLOW, Workspace, build, run, stored_stages
+from command import FEW, QUICK, SLOW, Workspace, build, run, stored_stages
 
 
 def test_a_corrupted_stage_is_found_and_made_again(workspace, capsys):
@@ -15,8 +15,8 @@ def test_a_corrupted_stage_is_found_and_made_again(workspace, capsys):
     content[-1] ^= 1
     damaged.write_bytes(content)
     done = run(
-        capsys, workspace, "build", *workspace.weights(), *QUICK, "-o", workspace.root / "package",
-        "--json",
+        capsys, workspace, "build", *workspace.weights(), *QUICK, *FEW,
+        "-o", workspace.root / "package", "--json",
     )  # fmt: skip
     assert "is damaged (calib.safetensors" in done.err
     assert "synthesize" not in stored_stages(done.json)

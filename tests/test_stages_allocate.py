@@ -49,22 +49,25 @@ def test_an_average_is_kept_and_the_package_says_how(shared, capsys):
 
 
 def test_a_size_is_kept_by_the_file(shared, capsys):
-    whole = build(capsys, shared, "--bits", "w8a8", output="whole")["size"]["model_bytes"]
-    packed = build(capsys, shared, "--bits", "w4a8", output="packed")["size"]["model_bytes"]
-    asked = (whole + packed) // 2
-    manifest = build(capsys, shared, "--size", f"{asked}b", output="sized")
-    assert packed < manifest["size"]["model_bytes"] <= asked
+    given = ("--quantizer", "rtn", "--size")
+    plenty = build(capsys, shared, *given, "1m", output="plenty")
+    assert plenty["allocation"]["all_widest"] is True
+    assert set(bits_of(plenty).values()) == {8}
+    # Four bits save half of the weights that may have them.
+    counts = weights_of(shared)
+    halved = sum(counts[name] for name in plenty["allocation"]["chosen"])
+    asked = plenty["size"]["model_bytes"] - halved // 4
+    manifest = build(capsys, shared, *given, f"{asked}b", output="sized")
+    assert asked - halved // 4 < manifest["size"]["model_bytes"] <= asked
     assert manifest["size"]["model_bytes"] <= manifest["allocation"]["file_bytes"] <= asked
     # Narrower than four bits saves nothing in the file, so nothing is narrower.
     free = manifest["allocation"]["chosen"]
     assert set(free.values()) == {4, 8}
-    plenty = build(capsys, shared, "--size", "1m", output="plenty")
-    assert plenty["allocation"]["all_widest"] is True
-    assert set(bits_of(plenty).values()) == {8}
 
 
 def test_rules_and_activations_stay(shared, capsys):
-    given = ("--bits", "w8a4", "--avg-bits", "3", "--layer", "layer1.*=w6a6", "--ends", "same")
+    given = ("--bits", "w8a4", "--avg-bits", "3", "--layer", "layer1.*=w6a6", "--ends", "same",
+             "--quantizer", "rtn")  # fmt: skip
     manifest = build(capsys, shared, *given, output="rules")
     rows = {row["name"]: row for row in manifest["layers"]}
     assert rows["layer1.conv1"]["asked"] == rows["layer1.conv2"]["asked"] == "w6a6"
@@ -77,7 +80,8 @@ def test_rules_and_activations_stay(shared, capsys):
 
 
 def test_another_limit_measures_nothing_again_and_a_recipe_repeats_the_choice(shared, capsys):
-    build(capsys, shared, "--avg-bits", "5", output="five")
+    rtn = ("--quantizer", "rtn")
+    build(capsys, shared, *rtn, "--avg-bits", "5", output="five")
 
     def parts():
         records = shared.cache.glob("v1/objects/*/*/artifact.json")
@@ -85,7 +89,7 @@ def test_another_limit_measures_nothing_again_and_a_recipe_repeats_the_choice(sh
 
     before = parts()
     assert before > 0
-    manifest = build(capsys, shared, "--avg-bits", "3.5", output="three")
+    manifest = build(capsys, shared, *rtn, "--avg-bits", "3.5", output="three")
     assert parts() == before
     assert "allocate" not in stored_stages(manifest)
     recipe = shared.root / "three" / "recipe.yaml"

@@ -138,6 +138,8 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
 def rank(graph: Graph, groups: Sequence[Group], options: Options) -> dict[str, Curve]:
     """Return the channels of groups in the order to remove them, by the criterion of `options`."""
     found: dict[str, Curve] = {}
+    if not groups:
+        return found
     criterion: RankCriterion
     if options.criterion == "moments":
         found, criterion = (
