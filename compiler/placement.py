@@ -1,8 +1,9 @@
 """Where quantizers sit: folded graph and layer plans in, quantizers and layer inputs out.
 
-Two placements. `integer`: every op that has an integer kernel gets Q/DQ on its inputs and its
+Three placements. `integer`: every op that has an integer kernel gets Q/DQ on its inputs and its
 output (convolutions, residual adds, concats), so that the engine fuses them. `inputs`: layer
-inputs, and the skip branch of a residual add, as TensorRT fuses best.
+inputs, and the skip branch of a residual add, as TensorRT fuses best. `fused`: as `integer`, but
+for what OpenVINO computes within the kernel of a convolution (see `placement_fused`).
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ def place(
     graph: Graph, target: TargetSpec, layers: Mapping[str, LayerPlan]
 ) -> tuple[dict[str, Quantizer], dict[str, str]]:
     """Return the quantizers by name, and the input quantizer of each layer node."""
-    return _Placer(graph, target, layers).run()
+    if target.placement == "fused":
+        from dfqc.compiler.placement_fused import FusedPlacer  # which builds upon this module
+
+        return FusedPlacer(graph, target, layers).run()
+    return Placer(graph, target, layers).run()
 
 
 def is_fused_activation(node: fx.Node) -> bool:
@@ -144,7 +149,9 @@ def output_end(node: fx.Node) -> fx.Node:
     return node
 
 
-class _Placer:
+class Placer:
+    """Places the quantizers of one graph; `run` once."""
+
     def __init__(self, graph: Graph, target: TargetSpec, layers: Mapping[str, LayerPlan]) -> None:
         self.nodes = list(graph.module.graph.nodes)
         self.target = target
@@ -155,13 +162,14 @@ class _Placer:
         self.inputs: dict[str, str] = {}
 
     def run(self) -> tuple[dict[str, Quantizer], dict[str, str]]:
+        """Return the quantizers by name, and the input quantizer of each layer node."""
         quantized = [n for n in self.nodes if self._act_bits(n) is not None]
         for node in quantized:
             source, consumer = self._layer_source(node)
             self._request(source, self._act_bits(node) or 0, consumer)
-        if self.target.placement == "integer":
+        if self.target.placement != "inputs":
             for node in quantized:
-                if self.layers[node.name].op != "Linear":  # QGemm writes float itself
+                if self._writes_codes(node):
                     self.covered[output_end(node)] = None
             for node in self.nodes:
                 self._cover_join(node)
@@ -176,6 +184,10 @@ class _Placer:
         for node in quantized:
             self.inputs[node.name] = self._find_input(node)
         return self._in_order(), self.inputs
+
+    def _writes_codes(self, node: fx.Node) -> bool:
+        """Report whether a quantized layer's output is quantized whoever reads it."""
+        return self.layers[node.name].op != "Linear"  # QGemm writes float itself
 
     def _act_bits(self, node: fx.Node) -> int | None:
         plan = self.layers.get(node.name)
@@ -204,7 +216,7 @@ class _Placer:
 
     def _cover_join(self, node: fx.Node) -> None:
         """Give adds and concats of quantized tensors integer inputs and outputs."""
-        parts = _join_inputs(node)
+        parts = join_inputs(node)
         if not parts or not all(self._on_grid(p) for p in parts):
             return
         self.covered[output_end(node)] = None
@@ -226,7 +238,7 @@ class _Placer:
         """Quantize the branch of an add that no convolution writes (the skip), for `inputs`."""
         if node.op != "call_function" or node.target is not ADD:
             return
-        parts = _join_inputs(node)
+        parts = join_inputs(node)
         # Only a convolution fuses with the add behind it.
         bare = [p for p in parts if self._act_bits(p) is not None and self._is_conv(p)]
         if len(parts) == 2 and bare:
@@ -318,7 +330,7 @@ class _Placer:
         return {q.name: q for q in ordered}
 
 
-def _join_inputs(node: fx.Node) -> list[fx.Node]:
+def join_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the tensors that an add or a concat joins, or nothing."""
     if node.op != "call_function":
         return []
