@@ -53,12 +53,13 @@ NONNEGATIVE = frozenset({RELU, _aten.sigmoid.default, _aten.hardsigmoid.default,
 
 
 @dataclass
-class _Request:
+class Request:
     """Who wants a tensor quantized: bits -> consumer node names, in graph order."""
 
     by_bits: dict[int, list[str]] = field(default_factory=dict)
 
     def add(self, bits: int, consumer: str) -> None:
+        """Note that `consumer` wants `bits`."""
         names = self.by_bits.setdefault(bits, [])
         if consumer not in names:
             names.append(consumer)
@@ -156,7 +157,7 @@ class Placer:
         self.nodes = list(graph.module.graph.nodes)
         self.target = target
         self.layers = {p.node: p for p in layers.values()}
-        self.requests: dict[fx.Node, _Request] = {}
+        self.requests: dict[fx.Node, Request] = {}
         self.covered: dict[fx.Node, None] = {}  # every edge leaving these must be quantized
         self.quantizers: dict[str, Quantizer] = {}
         self.inputs: dict[str, str] = {}
@@ -212,7 +213,7 @@ class Placer:
         return len(bits) == 1 and None not in bits and ops == {"Conv2d"}
 
     def _request(self, source: fx.Node, bits: int, consumer: str) -> None:
-        self.requests.setdefault(source, _Request()).add(bits, consumer)
+        self.requests.setdefault(source, Request()).add(bits, consumer)
 
     def _cover_join(self, node: fx.Node) -> None:
         """Give adds and concats of quantized tensors integer inputs and outputs."""
@@ -271,7 +272,7 @@ class Placer:
             base = self._emit(node, wanted.pop(), users)
         else:
             base = self._emit(node, STREAM_BITS, users)
-            request = self.requests.get(node, _Request())
+            request = self.requests.get(node, Request())
             for bits, consumers in sorted(request.by_bits.items(), reverse=True):
                 if bits != STREAM_BITS:
                     self._emit(node, bits, tuple(consumers), after=base)
@@ -287,7 +288,7 @@ class Placer:
                 self._emit_tied(user, base, request)
             self._tie(user, base)
 
-    def _emit_tied(self, node: fx.Node, base: Quantizer, request: _Request) -> None:
+    def _emit_tied(self, node: fx.Node, base: Quantizer, request: Request) -> None:
         """Emit the twin of `base` behind `node`; narrower ones read it, so `node` stays integer."""
         names = [name for readers in request.by_bits.values() for name in readers]
         twin = self._emit(node, base.scheme.bits, tuple(dict.fromkeys(names)), tied=base.name)

@@ -6,7 +6,8 @@ OpenVINO's CPU plug-in computes a residual add, and float operations such as a h
 the kernel of the convolution in front. A quantizer between the two is not kept there: the kernel
 adds the convolution's sum unrounded, so that the file would say one thing and the engine compute
 another. (Measured with 2026.4 on networks with residual adds, W8A8 and W4A4: outputs 1e-3 from the
-file's own meaning with the quantizer, 1e-7 without.)
+file's own meaning with the quantizer, 1e-7 without.) Nor does a narrow quantizer read a wide one:
+see `_emit_covered`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import fx
 
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.placement import ADD, STREAM_BITS, Placer, join_inputs, output_end
+from dfqc.compiler.placement import ADD, STREAM_BITS, Placer, Request, join_inputs, output_end
 from dfqc.compiler.spec import LayerPlan, TargetSpec
 
 _aten = torch.ops.aten
@@ -68,6 +69,27 @@ class FusedPlacer(Placer):
         in_float = [user.target in _FLOAT for user in users]
         fuses = [user.target in _POOLS or self._act_bits(user) is not None for user in users]
         return not any(in_float) or not all(f or g for f, g in zip(in_float, fuses, strict=True))
+
+    def _emit_covered(self, node: fx.Node) -> None:
+        """Emit one quantizer per width, all on the tensor itself.
+
+        Behind one another, values of the wide grid can lie halfway between two of the narrow one,
+        and the engine's float product does not round them as a division does.
+        """
+        narrow = {
+            bits: tuple(names)
+            for bits, names in self.requests.get(node, Request()).by_bits.items()
+            if bits != STREAM_BITS
+        }
+        apart = {name for names in narrow.values() for name in names}
+        rest = tuple(user.name for user in node.users if user.name not in apart)
+        if not rest or len(self._wanted(node)) == 1:
+            super()._emit_covered(node)
+            return
+        base = self._emit(node, STREAM_BITS, rest)
+        for bits, names in sorted(narrow.items(), reverse=True):
+            self._emit(node, bits, names)
+        self._tie(node, self.quantizers[base])
 
     def _cover_join(self, node: fx.Node) -> None:
         """Give the other branch of a fused add, and its output, integers; other joins as ever."""
