@@ -50,6 +50,7 @@ _VERSIONS = (
     "onnxscript",
     "onnx-ir",
     "onnxruntime",
+    "openvino",
     "numpy",
 )
 

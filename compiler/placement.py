@@ -1,8 +1,9 @@
 """Where quantizers sit: folded graph and layer plans in, quantizers and layer inputs out.
 
-Two placements. `integer`: every op that has an integer kernel gets Q/DQ on its inputs and its
+Three placements. `integer`: every op that has an integer kernel gets Q/DQ on its inputs and its
 output (convolutions, residual adds, concats), so that the engine fuses them. `inputs`: layer
-inputs, and the skip branch of a residual add, as TensorRT fuses best.
+inputs, and the skip branch of a residual add, as TensorRT fuses best. `fused`: as `integer`, but
+for what OpenVINO computes within the kernel of a convolution (see `placement_fused`).
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ NONNEGATIVE = frozenset({RELU, _aten.sigmoid.default, _aten.hardsigmoid.default,
 
 
 @dataclass
-class _Request:
+class Request:
     """Who wants a tensor quantized: bits -> consumer node names, in graph order."""
 
     by_bits: dict[int, list[str]] = field(default_factory=dict)
 
     def add(self, bits: int, consumer: str) -> None:
+        """Note that `consumer` wants `bits`."""
         names = self.by_bits.setdefault(bits, [])
         if consumer not in names:
             names.append(consumer)
@@ -67,7 +69,11 @@ def place(
     graph: Graph, target: TargetSpec, layers: Mapping[str, LayerPlan]
 ) -> tuple[dict[str, Quantizer], dict[str, str]]:
     """Return the quantizers by name, and the input quantizer of each layer node."""
-    return _Placer(graph, target, layers).run()
+    if target.placement == "fused":
+        from dfqc.compiler.placement_fused import FusedPlacer  # which builds upon this module
+
+        return FusedPlacer(graph, target, layers).run()
+    return Placer(graph, target, layers).run()
 
 
 def is_fused_activation(node: fx.Node) -> bool:
@@ -144,24 +150,27 @@ def output_end(node: fx.Node) -> fx.Node:
     return node
 
 
-class _Placer:
+class Placer:
+    """Places the quantizers of one graph; `run` once."""
+
     def __init__(self, graph: Graph, target: TargetSpec, layers: Mapping[str, LayerPlan]) -> None:
         self.nodes = list(graph.module.graph.nodes)
         self.target = target
         self.layers = {p.node: p for p in layers.values()}
-        self.requests: dict[fx.Node, _Request] = {}
+        self.requests: dict[fx.Node, Request] = {}
         self.covered: dict[fx.Node, None] = {}  # every edge leaving these must be quantized
         self.quantizers: dict[str, Quantizer] = {}
         self.inputs: dict[str, str] = {}
 
     def run(self) -> tuple[dict[str, Quantizer], dict[str, str]]:
+        """Return the quantizers by name, and the input quantizer of each layer node."""
         quantized = [n for n in self.nodes if self._act_bits(n) is not None]
         for node in quantized:
             source, consumer = self._layer_source(node)
             self._request(source, self._act_bits(node) or 0, consumer)
-        if self.target.placement == "integer":
+        if self.target.placement != "inputs":
             for node in quantized:
-                if self.layers[node.name].op != "Linear":  # QGemm writes float itself
+                if self._writes_codes(node):
                     self.covered[output_end(node)] = None
             for node in self.nodes:
                 self._cover_join(node)
@@ -176,6 +185,10 @@ class _Placer:
         for node in quantized:
             self.inputs[node.name] = self._find_input(node)
         return self._in_order(), self.inputs
+
+    def _writes_codes(self, node: fx.Node) -> bool:
+        """Report whether a quantized layer's output is quantized whoever reads it."""
+        return self.layers[node.name].op != "Linear"  # QGemm writes float itself
 
     def _act_bits(self, node: fx.Node) -> int | None:
         plan = self.layers.get(node.name)
@@ -200,11 +213,11 @@ class _Placer:
         return len(bits) == 1 and None not in bits and ops == {"Conv2d"}
 
     def _request(self, source: fx.Node, bits: int, consumer: str) -> None:
-        self.requests.setdefault(source, _Request()).add(bits, consumer)
+        self.requests.setdefault(source, Request()).add(bits, consumer)
 
     def _cover_join(self, node: fx.Node) -> None:
         """Give adds and concats of quantized tensors integer inputs and outputs."""
-        parts = _join_inputs(node)
+        parts = join_inputs(node)
         if not parts or not all(self._on_grid(p) for p in parts):
             return
         self.covered[output_end(node)] = None
@@ -226,7 +239,7 @@ class _Placer:
         """Quantize the branch of an add that no convolution writes (the skip), for `inputs`."""
         if node.op != "call_function" or node.target is not ADD:
             return
-        parts = _join_inputs(node)
+        parts = join_inputs(node)
         # Only a convolution fuses with the add behind it.
         bare = [p for p in parts if self._act_bits(p) is not None and self._is_conv(p)]
         if len(parts) == 2 and bare:
@@ -259,7 +272,7 @@ class _Placer:
             base = self._emit(node, wanted.pop(), users)
         else:
             base = self._emit(node, STREAM_BITS, users)
-            request = self.requests.get(node, _Request())
+            request = self.requests.get(node, Request())
             for bits, consumers in sorted(request.by_bits.items(), reverse=True):
                 if bits != STREAM_BITS:
                     self._emit(node, bits, tuple(consumers), after=base)
@@ -275,7 +288,7 @@ class _Placer:
                 self._emit_tied(user, base, request)
             self._tie(user, base)
 
-    def _emit_tied(self, node: fx.Node, base: Quantizer, request: _Request) -> None:
+    def _emit_tied(self, node: fx.Node, base: Quantizer, request: Request) -> None:
         """Emit the twin of `base` behind `node`; narrower ones read it, so `node` stays integer."""
         names = [name for readers in request.by_bits.values() for name in readers]
         twin = self._emit(node, base.scheme.bits, tuple(dict.fromkeys(names)), tied=base.name)
@@ -318,7 +331,7 @@ class _Placer:
         return {q.name: q for q in ordered}
 
 
-def _join_inputs(node: fx.Node) -> list[fx.Node]:
+def join_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the tensors that an add or a concat joins, or nothing."""
     if node.op != "call_function":
         return []

@@ -28,6 +28,7 @@ _PACKAGES = (
     "onnxscript",
     "onnx-ir",
     "onnxruntime",
+    "openvino",
     "numpy",
 )
 

@@ -175,7 +175,8 @@ class TargetSpec:
     """What one target accepts and how it wants a quantized graph written.
 
     `placement` is `integer` (every quantized op has Q/DQ on inputs and output, so that integer
-    kernels form) or `inputs` (Q/DQ on layer inputs and on the skip branch of residual adds only).
+    kernels form), `fused` (the same, but for what the engine computes inside of a convolution) or
+    `inputs` (Q/DQ on layer inputs and on the skip branch of residual adds only).
     `clip` says how a grid below 8 bits is kept: an integer Clip after Q, or a float Clip before.
     `bias` is `int32` (integer initializer) or `float32` (the same grid, stored as float).
     """

@@ -1,0 +1,260 @@
+"""OpenVINO on CPU: a quantized graph in, its QDQ model, a runner and the kernels that run out.
+
+Always in float32 where not in integers: left alone, OpenVINO computes float layers in bfloat16
+where the processor has it, and neither parity nor a comparison with float would mean anything.
+
+Residual adds: OpenVINO 2026.4 adds within the kernel of the convolution in front, and skips the
+rounding of a quantizer between the two. With one there (the placement `integer`), networks with
+residual adds were up to 3e-3 away from what their file says; without it (the placement `fused`)
+1e-7, and as fast. Weights of 4 bits are INT4 in the file, unpacked to int8 once, at load, and
+multiplied as integers; a DequantizeLinear of INT4 itself would leave a convolution in float.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqc.compiler import machine
+from dfqc.compiler.errors import EnvironmentFault, LoadError
+from dfqc.compiler.spec import TargetSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import ModelProto
+
+    from dfqc.compiler.contracts import Lowered, QuantState
+    from dfqc.compiler.graph import Graph
+
+TARGET = TargetSpec(
+    name="openvino",
+    description="OpenVINO on CPU (x86-64, arm64): int8 convolutions with adds fused into them",
+    weight_bits=(2, 3, 4, 5, 6, 7, 8),
+    act_bits=(2, 3, 4, 5, 6, 7, 8, 16, 32),
+    integer_ops=("Conv2d", "Linear"),
+    act_signed=False,
+    act_symmetric=False,
+    placement="fused",
+    clip="float",
+    bias="int32",
+    packed_int4=True,
+    kernel_note="values below 8 bits run on 8-bit integer kernels, on their own grid",
+    weight_only_note="weight-only: computed in float32",
+)
+
+MAX_BATCH = 256
+_KEPT = 4  # batch sizes whose compiled models are kept
+_DEVICE = "CPU"
+
+
+def available() -> tuple[bool, str]:
+    """Return (True, version) if OpenVINO can be used here, else (False, the reason)."""
+    try:
+        import openvino
+    except ImportError as error:
+        return False, f"openvino cannot be imported ({error}); pip install 'dfqc[openvino]'"
+    return True, str(openvino.__version__)
+
+
+def lower(graph: Graph, state: QuantState, *, metadata: Mapping[str, str]) -> Lowered:
+    """Return the QDQ model of a folded graph, written the way OpenVINO fuses it."""
+    from dfqc.backends import _qdq
+
+    return _qdq.lower(graph, state, TARGET, metadata=metadata)
+
+
+def lower_float(graph: Graph) -> bytes:
+    """Return the unquantized model: the control that every benchmark runs beside."""
+    from dfqc.backends import _qdq
+
+    return _qdq.lower_float(graph, TARGET)
+
+
+def open_runner(
+    model: Path, *, threads: int | None = None, max_batch: int = MAX_BATCH, precision: str = "f32"
+) -> Runner:
+    """Open `model.onnx`. `threads` None: one per core that this process may use.
+
+    Batches above `max_batch` are run in pieces, which bounds memory. `precision` is that of float
+    layers; "bf16" is what OpenVINO takes by itself where the processor has it. A file that is no
+    model raises `LoadError`, a missing runtime `EnvironmentFault`.
+    """
+    return Runner(model, threads or machine.cpu_count(), max_batch, precision)
+
+
+def executed(model: Path, layers: Mapping[str, str]) -> dict[str, str]:
+    """Return, per module path, the kernel and precision that the compiled model has for it here."""
+    from dfqc.backends import _ov_census
+
+    return _ov_census.kernels(_load(model), compiled_nodes(model), layers)
+
+
+def census(model: Path) -> Counter[str]:
+    """Count the kernels of the compiled model, constants aside, by type and primitive."""
+    from dfqc.backends import _ov_census
+
+    return _ov_census.census(compiled_nodes(model))
+
+
+def compiled_nodes(model: Path) -> list[dict[str, str]]:
+    """Return the nodes of the model as it is executed on this machine, in order, as plain data."""
+    runner = open_runner(model, threads=1)
+    try:
+        return [
+            {"name": op.get_friendly_name()}
+            | {key: value.astype(str) for key, value in op.get_rt_info().items()}
+            for op in runner.compiled(1).get_runtime_model().get_ordered_ops()
+        ]
+    finally:
+        runner.close()
+
+
+class Runner:
+    """An open model: float32 (n, c, h, w) in normalized space in, the first output back.
+
+    Kernels are chosen for one shape: each batch size is compiled on its first use. (Left open, the
+    batch cost 15 % on MobileNetV2.)
+    """
+
+    def __init__(self, model: Path, threads: int, max_batch: int, precision: str) -> None:
+        self.model = model
+        self.threads = threads
+        self.max_batch = max_batch
+        self.precision = precision
+        _runtime()
+        _load(model)  # says what is wrong with a file that is no model
+        self._compiled: dict[tuple[int, tuple[str, ...]], Any] = {}
+        self.compiled(1)
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Run a batch of any size and return the first output, batch first."""
+        return self._run(images, ())[0]
+
+    def codes(self, images: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Return the named inner values, and the model's output as `output`.
+
+        The values become outputs of another compiled model. Codes are written by the kernels that
+        run without them too.
+        """
+        wanted = tuple(dict.fromkeys(names))
+        return dict(zip(("output", *wanted), self._run(images, wanted), strict=True))
+
+    def close(self) -> None:
+        """Free the compiled models."""
+        self._compiled.clear()
+
+    def compiled(self, batch: int, names: tuple[str, ...] = ()) -> Any:
+        """Return the model compiled for `batch` images, with the named values as outputs."""
+        key = batch, names
+        if key not in self._compiled:
+            while len(self._compiled) >= _KEPT:
+                self._compiled.pop(next(iter(self._compiled)))
+            self._compiled[key] = self._compile(batch, names)
+        return self._compiled[key]
+
+    def _compile(self, batch: int, names: tuple[str, ...]) -> Any:
+        source = _with_outputs(self.model, names) if names else self.model.read_bytes()
+        try:
+            model = _core().read_model(source)
+            shape = model.input(0).get_partial_shape()
+            if shape[0].is_dynamic:
+                shape[0] = batch
+                model.reshape(shape)
+            return _core().compile_model(model, _DEVICE, self._options())
+        except Exception as error:  # the runtime raises RuntimeError for every kind of fault
+            raise LoadError(
+                f"{self.model}: OpenVINO {_runtime().__version__} cannot load it: {_cause(error)}; "
+                f"expected an ONNX model of opset {TARGET.opset} such as `dfqc build` writes"
+            ) from error
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,  # all threads work on one batch
+            "INFERENCE_PRECISION_HINT": self.precision,
+            # Float layers with integer weights would round their activations to 8 bits unasked.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            # Threads that are bound to cores get into the way of the engine timed beside this one.
+            "ENABLE_CPU_PINNING": False,
+        }
+
+    def _run(self, images: np.ndarray, names: tuple[str, ...]) -> list[np.ndarray]:
+        import numpy as np
+
+        entry = next(iter(self._compiled.values())).input(0)
+        shape = [dim.get_length() for dim in entry.get_partial_shape()]
+        _check_images(images, shape[1:], self.model)
+        # Pixels, where the preprocessing is in the graph.
+        kind = np.uint8 if entry.get_element_type().get_type_name() == "u8" else np.float32
+        images = np.ascontiguousarray(images, dtype=kind)
+        parts = []
+        for start in range(0, len(images), self.max_batch):
+            piece = images[start : start + self.max_batch]
+            model = self.compiled(len(piece), names)
+            results = model({entry.get_any_name(): piece})
+            # Copies: the next call writes into the same memory.
+            wanted = (0, *names)
+            parts.append([np.array(results[key]) for key in wanted])
+        if len(parts) == 1:
+            return parts[0]
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+
+@functools.cache
+def _core() -> Any:
+    return _runtime().Core()
+
+
+def _runtime() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"target 'openvino' needs openvino, which cannot be imported here ({error}); "
+            "pip install 'dfqc[openvino]'"
+        ) from error
+    return openvino
+
+
+def _load(model: Path) -> ModelProto:
+    import onnx
+
+    if not model.is_file():
+        raise LoadError(f"{model}: no such file; expected a model.onnx")
+    try:
+        return onnx.load(model)
+    except Exception as error:  # protobuf's DecodeError is not importable by a stable name
+        raise LoadError(f"{model}: this is no ONNX model: {_cause(error)}") from error
+
+
+def _with_outputs(model: Path, names: Sequence[str]) -> bytes:
+    """Return the model with inner values as further outputs, types left to the runtime."""
+    from onnx import helper
+
+    proto = _load(model)
+    known = {name for node in proto.graph.node for name in node.output}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise LoadError(f"{model}: no node computes {', '.join(unknown)}; is it another build's?")
+    present = {output.name for output in proto.graph.output}
+    for name in names:
+        if name not in present:
+            proto.graph.output.append(helper.make_empty_tensor_value_info(name))
+    return bytes(proto.SerializeToString())
+
+
+def _check_images(images: np.ndarray, expected: Sequence[int], model: Path) -> None:
+    if images.ndim != len(expected) + 1 or list(images.shape[1:]) != expected or not len(images):
+        wanted = "×".join(map(str, ("n", *expected)))
+        got = "×".join(map(str, images.shape))
+        raise LoadError(f"{model}: got images of shape {got}, expected {wanted}")
+
+
+def _cause(error: Exception) -> str:
+    """Return the line of an error that says why: OpenVINO begins with where it was noticed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith("Exception from ")]
+    return (said or lines or [type(error).__name__])[0]

@@ -1,0 +1,295 @@
+"""The OpenVINO target, run by OpenVINO; where it is missing, what is said of that."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import models
+import quantized
+from command import Workspace, build, run
+from dfqc.backends import _ov_census
+from dfqc.backends import openvino as target
+from dfqc.compiler.baking import bake_preprocessing, compare_baked
+from dfqc.compiler.errors import EnvironmentFault, LoadError
+from dfqc.compiler.parity import check_parity
+from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.simulate import TorchRunner
+from qdq_models import CLASSES, sample_images, tiny_net
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None,
+    reason="openvino is not installed: pip install 'dfqc[openvino]'",
+)
+IMAGES = models.images(40, seed=21)
+# Pinned first layers aside, one net per kind of kernel and of join.
+NETS = ("plain", "residual", "concat", "depthwise", "squeeze_excite", "pre_activation", "attention")
+
+
+@pytest.fixture
+def store(tmp_path):
+    def write(net, name="model.onnx"):
+        path = tmp_path / name
+        path.write_bytes(net if isinstance(net, bytes) else net.data)
+        return path
+
+    return write
+
+
+def lowered(net, bits, path):
+    """Quantize and lower a tiny net; return graph, state and name maps."""
+    graph = quantized.folded(net)
+    state = quantized.quantize(graph, quantized.plan(graph, bits, target=target.TARGET))
+    result = target.lower(graph, state, metadata={"dfqc": "test"})
+    path.write_bytes(result.model)
+    return graph, state, result
+
+
+@needs_openvino
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w4a4"])
+def test_the_engine_computes_what_is_simulated_on_integer_kernels(net, bits, tmp_path):
+    path = tmp_path / "model.onnx"
+    graph, state, result = lowered(net, bits, path)
+    runner = target.open_runner(path, threads=1)
+    report = check_parity(graph, state, result, runner, IMAGES)
+    assert report.passed
+    assert report.argmax_agreement == 100
+    # As a whole, without looking inside: a residual that is added with other rounding shows here.
+    assert report.max_abs < 1e-5
+    kernels = target.executed(path, result.layers)
+    planned = [name for name, layer in state.plan.layers.items() if layer.input is not None]
+    assert set(planned) == set(kernels)
+    assert all(_ov_census.is_integer(kernel) for kernel in kernels.values()), kernels
+
+
+@needs_openvino
+def test_weights_below_eight_bits_are_unpacked_once_at_load(tmp_path):
+    path = tmp_path / "model.onnx"
+    lowered("residual", "w4a4", path)
+    stored = onnx.load(path).graph.initializer
+    assert sum(t.data_type == onnx.TensorProto.INT4 for t in stored) > 1
+    counts = target.census(path)
+    assert not any(kernel.startswith("Convert") for kernel in counts)
+    constants = [n for n in target.compiled_nodes(path) if n["layerType"] == "Const"]
+    assert not any(n["outputPrecisions"] in ("i4", "u4") for n in constants)
+
+
+@needs_openvino
+def test_a_residual_add_disappears_into_the_convolution(tmp_path):
+    path = tmp_path / "model.onnx"
+    lowered("residual", "w8a8", path)
+    assert not any(n["layerType"] == "Eltwise" for n in target.compiled_nodes(path))
+
+
+@needs_openvino
+def test_a_leaky_relu_is_rounded_once_behind_it(tmp_path):
+    path = tmp_path / "model.onnx"
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.LeakyReLU(0.1), torch.nn.Conv2d(8, 4, 3)
+    )
+    torch.manual_seed(0)
+    graph = quantized.fold_module(net)
+    state = quantized.quantize(graph, quantized.plan(graph, "w8a8", target=target.TARGET))
+    result = target.lower(graph, state, metadata={})
+    path.write_bytes(result.model)
+    report = check_parity(
+        graph, state, result, target.open_runner(path, threads=1), IMAGES, layer_images=4
+    )
+    assert report.passed
+    # The image and the input of the second convolution; nothing between convolution and ReLU.
+    assert len(state.plan.quantizers) == 3 - (len(result.taps) == 2)
+
+
+@needs_openvino
+def test_weight_only_layers_are_float_layers(tmp_path):
+    path = tmp_path / "model.onnx"
+    graph, state, result = lowered("plain", "w4a16", path)
+    kernels = target.executed(path, result.layers)
+    assert all(kernel.endswith("(float32)") for kernel in kernels.values())
+    report = check_parity(graph, state, result, target.open_runner(path, threads=1), IMAGES)
+    assert report.max_abs < 1e-5
+
+
+@needs_openvino
+def test_the_float_control_computes_in_float32(tmp_path):
+    graph = quantized.folded("residual")
+    path = tmp_path / "float.onnx"
+    path.write_bytes(target.lower_float(graph))
+    images = IMAGES.numpy()
+    expected = TorchRunner(fold(models.trace_tiny("residual"))).infer(images)
+    output = target.open_runner(path, threads=1).infer(images)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5)
+
+
+@needs_openvino
+def test_float_model_matches_float64(store):
+    net = tiny_net(float32=True)
+    path = store(net)
+    output = target.open_runner(path, threads=1).infer(net.images)
+    np.testing.assert_allclose(output, net.outputs, rtol=0, atol=1e-6)
+    assert all(k.endswith("(float32)") for k in target.executed(path, net.layers).values())
+
+
+@needs_openvino
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_precision_are_those_asked_for(threads, store):
+    runner = target.open_runner(store(tiny_net()), threads=threads)
+    model = runner.compiled(1)
+    assert model.get_property("INFERENCE_NUM_THREADS") == threads
+    assert model.get_property("NUM_STREAMS") == 1
+    assert model.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert model.get_property("ENABLE_CPU_PINNING") is False
+
+
+@needs_openvino
+@pytest.mark.parametrize("max_batch", [1, 3, 16, 100])
+def test_a_batch_of_any_size_is_run_in_pieces(max_batch, store):
+    net = tiny_net(float32=True)
+    runner = target.open_runner(store(net), threads=1, max_batch=max_batch)
+    np.testing.assert_allclose(runner.infer(net.images), net.outputs, rtol=0, atol=1e-6)
+    stem = net.layers["stem"]
+    tapped = runner.codes(net.images, [stem])
+    assert tapped[stem].shape == (len(net.images), 8, 8, 8)
+    np.testing.assert_allclose(tapped["output"], net.outputs, rtol=0, atol=1e-6)
+
+
+@needs_openvino
+def test_an_output_is_not_overwritten_by_the_next_call(store):
+    runner = target.open_runner(store(tiny_net()), threads=1)
+    first = runner.infer(sample_images(2, seed=1))
+    kept = first.copy()
+    assert not np.array_equal(runner.infer(sample_images(2, seed=2)), kept)
+    np.testing.assert_array_equal(first, kept)
+
+
+@needs_openvino
+def test_few_compiled_models_are_kept(store):
+    runner = target.open_runner(store(tiny_net()), threads=1)
+    for count in (1, 2, 3, 4, 5, 6, 2):
+        assert runner.infer(sample_images(count)).shape == (count, CLASSES)
+    assert len(runner._compiled) <= 4
+
+
+@needs_openvino
+def test_pixels_in_give_the_outputs_of_normalized_images(tmp_path):
+    plain, baked = tmp_path / "model.onnx", tmp_path / "model.uint8.onnx"
+    graph, _, result = lowered("residual", "w4a4", plain)
+    model = bake_preprocessing(onnx.load_from_string(result.model), graph.image)
+    baked.write_bytes(model.SerializeToString())
+    found = compare_baked(target, plain, baked, IMAGES.numpy(), graph.image)
+    assert found["passed"]
+    assert found["images"] == len(IMAGES)
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "no such file"),
+        (b"", "cannot load it"),
+        (b"this is text, not a model", "no ONNX model"),
+        (tiny_net().data[:2000], "no ONNX model"),
+    ],
+    ids=["missing", "empty", "text", "truncated"],
+)
+def test_a_file_that_is_no_model_is_refused(data, reason, store, tmp_path):
+    path = tmp_path / "none.onnx" if data is None else store(data)
+    with pytest.raises(LoadError, match=reason) as caught:
+        target.open_runner(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@needs_openvino
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 1, 8, 8), (2, 3, 9, 8), (0, 3, 8, 8)], ids=str)
+def test_images_of_another_shape_are_refused(shape, store):
+    runner = target.open_runner(store(tiny_net()))
+    with pytest.raises(LoadError, match=r"expected n×3×8×8"):
+        runner.infer(np.zeros(shape, np.float32))
+
+
+@needs_openvino
+def test_names_of_another_model_are_refused(store):
+    path = store(tiny_net())
+    with pytest.raises(LoadError, match="no node computes elsewhere"):
+        target.open_runner(path).codes(sample_images(1), ["elsewhere"])
+    with pytest.raises(LoadError, match=r"stem: value 'conv1' is computed by no node"):
+        target.executed(path, {"stem": "conv1"})
+
+
+def test_a_layer_without_a_trace_is_missing():
+    stored = tiny_net().model
+    assert _ov_census.kernels(stored, [], {"stem": "stem"}) == {"stem": _ov_census.MISSING}
+
+
+def test_a_missing_runtime_is_said(monkeypatch, store):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    usable, reason = target.available()
+    assert not usable
+    assert "pip install 'dfqc[openvino]'" in reason
+    with pytest.raises(EnvironmentFault, match=r"pip install 'dfqc\[openvino\]'"):
+        target.open_runner(store(tiny_net()))
+
+
+def test_without_the_runtime_a_build_ends_with_exit_code_8(monkeypatch, shared, capsys):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    manifest = build(capsys, shared, "--target", "openvino", output="unverified", code=8)
+    assert manifest["notes"][0].startswith("Not verified: the runtime of target 'openvino'")
+    assert "pip install 'dfqc[openvino]'" in manifest["notes"][0]
+    assert (shared.root / "unverified" / "model.onnx").is_file()
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A folder with a built package, and the run that built it."""
+    workspace = Workspace(tmp_path_factory.mktemp("openvino"))
+    done = workspace.dfqc(
+        "build", *workspace.weights(), "--samples", "8", "--effort", "quick", "--threads", "1",
+        "--bits", "w4a4", "--target", "openvino", "--bake-preprocessing",
+        "--eval-data", workspace.images(), "-o", workspace.root / "package", "--json",
+    )  # fmt: skip
+    return workspace, done
+
+
+@needs_openvino
+def test_a_build_is_verified_timed_and_says_its_engine(package):
+    _, done = package
+    assert done.code == 0, done.err
+    manifest = done.json
+    assert manifest["target"] == "openvino"
+    assert manifest["environment"]["openvino"] == importlib.metadata.version("openvino")
+    assert manifest["environment"]["runtime"].startswith(manifest["environment"]["openvino"])
+    assert manifest["parity"]["argmax_agreement"] == 100
+    assert all(row["executed"].endswith("(int8)") for row in manifest["layers"])
+    assert manifest["metrics"]["latency_ms"]["engine"] > 0
+    assert manifest["preprocessing"]["baked"]["passed"]
+
+
+@needs_openvino
+def test_a_package_is_verified_and_timed_without_torch(package, capsys):
+    workspace, _ = package
+    folder = workspace.root / "package"
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from dfqc.compiler.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    for words in (
+        ("verify", folder),
+        ("bench", folder, "--runs", "5", "--threads", "1"),
+        ("eval", folder, "--data", workspace.images()),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, words), "--json"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    targets = run(capsys, workspace, "targets", "--json").json
+    assert targets["openvino"]["available"]
