@@ -11,8 +11,10 @@ STAMP := $(VENV)/.ready
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
+# Files side by side on one thread each: most tests are small nets, which two threads hardly speed up.
 test: $(STAMP)
-	$(BIN)/python -P -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n auto --maxprocesses 4 --dist loadfile \
+	  -m "not slow and not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfqc.backends._onnx_file import check_images, load_model, with_outputs
 from dfqc.compiler import machine
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.spec import TargetSpec
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import ModelProto
 
     from dfqc.compiler.contracts import Lowered, QuantState
     from dfqc.compiler.graph import Graph
@@ -89,7 +89,7 @@ def executed(model: Path, layers: Mapping[str, str]) -> dict[str, str]:
     """Return, per module path, the kernel and precision that the compiled model has for it here."""
     from dfqc.backends import _ov_census
 
-    return _ov_census.kernels(_load(model), compiled_nodes(model), layers)
+    return _ov_census.kernels(load_model(model), compiled_nodes(model), layers)
 
 
 def census(model: Path) -> Counter[str]:
@@ -125,7 +125,7 @@ class Runner:
         self.max_batch = max_batch
         self.precision = precision
         _runtime()
-        _load(model)  # says what is wrong with a file that is no model
+        load_model(model)  # says what is wrong with a file that is no model
         self._compiled: dict[tuple[int, tuple[str, ...]], Any] = {}
         self.compiled(1)
 
@@ -156,7 +156,7 @@ class Runner:
         return self._compiled[key]
 
     def _compile(self, batch: int, names: tuple[str, ...]) -> Any:
-        source = _with_outputs(self.model, names) if names else self.model.read_bytes()
+        source = with_outputs(self.model, names) if names else self.model.read_bytes()
         try:
             model = _core().read_model(source)
             shape = model.input(0).get_partial_shape()
@@ -186,7 +186,7 @@ class Runner:
 
         entry = next(iter(self._compiled.values())).input(0)
         shape = [dim.get_length() for dim in entry.get_partial_shape()]
-        _check_images(images, shape[1:], self.model)
+        check_images(images, [None, *shape[1:]], self.model)
         # Pixels, where the preprocessing is in the graph.
         kind = np.uint8 if entry.get_element_type().get_type_name() == "u8" else np.float32
         images = np.ascontiguousarray(images, dtype=kind)
@@ -217,40 +217,6 @@ def _runtime() -> Any:
             "pip install 'dfqc[openvino]'"
         ) from error
     return openvino
-
-
-def _load(model: Path) -> ModelProto:
-    import onnx
-
-    if not model.is_file():
-        raise LoadError(f"{model}: no such file; expected a model.onnx")
-    try:
-        return onnx.load(model)
-    except Exception as error:  # protobuf's DecodeError is not importable by a stable name
-        raise LoadError(f"{model}: this is no ONNX model: {_cause(error)}") from error
-
-
-def _with_outputs(model: Path, names: Sequence[str]) -> bytes:
-    """Return the model with inner values as further outputs, types left to the runtime."""
-    from onnx import helper
-
-    proto = _load(model)
-    known = {name for node in proto.graph.node for name in node.output}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise LoadError(f"{model}: no node computes {', '.join(unknown)}; is it another build's?")
-    present = {output.name for output in proto.graph.output}
-    for name in names:
-        if name not in present:
-            proto.graph.output.append(helper.make_empty_tensor_value_info(name))
-    return bytes(proto.SerializeToString())
-
-
-def _check_images(images: np.ndarray, expected: Sequence[int], model: Path) -> None:
-    if images.ndim != len(expected) + 1 or list(images.shape[1:]) != expected or not len(images):
-        wanted = "×".join(map(str, ("n", *expected)))
-        got = "×".join(map(str, images.shape))
-        raise LoadError(f"{model}: got images of shape {got}, expected {wanted}")
 
 
 def _cause(error: Exception) -> str:

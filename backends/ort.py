@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfqc.backends._onnx_file import check_images, first_line, load_model, with_outputs
 from dfqc.compiler import machine
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.spec import TargetSpec
@@ -134,7 +135,7 @@ class Runner:
         """
         wanted = tuple(dict.fromkeys(names))
         if self._tapped is None or self._tapped[0] != wanted:
-            self._tapped = wanted, self._open(_with_outputs(self.model, wanted))
+            self._tapped = wanted, self._open(with_outputs(self.model, wanted))
         output = self._session.get_outputs()[0].name
         values = self._run(self._tapped[1], [output, *wanted], images)
         return dict(zip(("output", *wanted), values, strict=True))
@@ -150,7 +151,7 @@ class Runner:
         import numpy as np
 
         entry = session.get_inputs()[0]
-        _check_images(images, entry.shape, self.model)
+        check_images(images, entry.shape, self.model)
         # Pixels, where the preprocessing is in the graph.
         kind = np.uint8 if entry.type == "tensor(uint8)" else np.float32
         images = np.ascontiguousarray(images, dtype=kind)
@@ -195,7 +196,7 @@ def _session(
     except Exception as error:  # the runtime has one class per kind of fault, without a base
         place = "the model" if isinstance(model, bytes) else model
         raise LoadError(
-            f"{place}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}; "
+            f"{place}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}; "
             f"expected an ONNX model of opset {TARGET.opset} such as `dfqc build` writes"
         ) from error
 
@@ -212,47 +213,5 @@ def _runtime() -> Any:
 
 
 def _weight_only(model: Path) -> bool:
-    properties = {p.key: p.value for p in _load(model).metadata_props}
+    properties = {p.key: p.value for p in load_model(model).metadata_props}
     return properties.get(WEIGHT_ONLY_KEY) == "true"
-
-
-def _load(model: Path) -> ModelProto:
-    import onnx
-
-    if not model.is_file():
-        raise LoadError(f"{model}: no such file; expected a model.onnx")
-    try:
-        return onnx.load(model)
-    except Exception as error:  # protobuf's DecodeError is not importable by a stable name
-        raise LoadError(f"{model}: this is no ONNX model: {_first_line(error)}") from error
-
-
-def _with_outputs(model: Path, names: Sequence[str]) -> bytes:
-    """Return the model with inner values as further outputs, types left to the runtime."""
-    from onnx import helper
-
-    proto = _load(model)
-    known = {name for node in proto.graph.node for name in node.output}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise LoadError(f"{model}: no node computes {', '.join(unknown)}; is it another build's?")
-    present = {output.name for output in proto.graph.output}
-    for name in names:
-        if name not in present:
-            proto.graph.output.append(helper.make_empty_tensor_value_info(name))
-    return bytes(proto.SerializeToString())
-
-
-def _check_images(images: np.ndarray, expected: Sequence[int | str | None], model: Path) -> None:
-    fits = images.ndim == len(expected) and all(
-        not isinstance(want, int) or got == want
-        for got, want in zip(images.shape, expected, strict=True)
-    )
-    if not fits or len(images) == 0:
-        wanted = "×".join(str(d) if isinstance(d, int) else "n" for d in expected)
-        got = "×".join(map(str, images.shape))
-        raise LoadError(f"{model}: got images of shape {got}, expected {wanted}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dfqc.backends import _ort_census, ort
+from dfqc.backends._onnx_file import with_outputs
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 from qdq_models import CLASSES, SIZE, sample_images, tiny_net
 
@@ -90,7 +91,7 @@ def test_every_planned_layer_runs_on_an_integer_kernel(bits, store):
 @pytest.mark.parametrize("bits", QUANTIZED, ids=str)
 def test_looking_at_inner_codes_leaves_the_kernels_as_they_are(bits, store):
     net = tiny_net(**bits)
-    tapped = ort._with_outputs(store(net), list(net.taps.values()))
+    tapped = with_outputs(store(net), list(net.taps.values()))
     assert ort.executed(store(tapped, "tapped.onnx"), net.layers) == INTEGER
 
 
