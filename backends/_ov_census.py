@@ -31,7 +31,8 @@ def kernels(
     `layers` maps module paths to the values that the layers compute in `stored`. A layer without a
     trace in `compiled` is `MISSING`; a value that `stored` does not have is a `LoadError`.
     """
-    values = {name for node in stored.graph.node for name in node.output}
+    # OpenVINO calls a node by its own name in the file, or by the value that it computes.
+    names = {name: node.name for node in stored.graph.node for name in node.output}
     by_origin: dict[str, Node] = {}
     for node in compiled:
         if node["layerType"] in _KERNELS:
@@ -39,12 +40,12 @@ def kernels(
                 by_origin.setdefault(origin.partition("/")[0], node)
     found = {}
     for path, value in layers.items():
-        if value not in values:
+        if value not in names:
             raise LoadError(
                 f"{path}: value {value!r} is computed by no node of the model; the name map and "
                 "the model do not belong together"
             )
-        hit = by_origin.get(value) or by_origin.get(path)
+        hit = by_origin.get(value) or by_origin.get(names[value])
         found[path] = _label(hit) if hit else MISSING
     return found
 
