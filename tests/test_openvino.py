@@ -292,5 +292,5 @@ def test_a_package_is_verified_and_timed_without_torch(package, capsys):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    targets = run(capsys, workspace, "targets", "--json").json
+    targets = run(capsys, workspace, "targets", "--json").json["targets"]
     assert targets["openvino"]["available"]

@@ -273,7 +273,7 @@ def test_max_is_as_published_and_more_costs_more():
     assert (chosen[2].iterations, chosen[2].batch_size, chosen[2].temperature) == (44_000, 128, 3.0)
     passes = [qat.count_passes(one, 256) for one in chosen]
     assert passes == sorted(passes)
-    small, large = (qat.count_bytes(Options(batch_size=n), folded("residual"), 64)
+    small, large = (qat.count_bytes(Options(batch_size=n, start="rtn"), folded("residual"), 64)
                     for n in (4, 32))  # fmt: skip
     assert 0 < small < large
 
