@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from dfqc.compiler import affine
 from dfqc.compiler.graph import copy_graph
 from dfqc.compiler.quantize import rtn
 from dfqc.compiler.quantize._ranges import weight_grid
-from dfqc.compiler.spec import QScheme
+from dfqc.compiler.spec import QScheme, Quantizer
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,24 @@ def test_the_image_grid_holds_every_valid_pixel(state):
     spec = models.IMAGE
     black = min(-m / s for m, s in zip(spec.mean, spec.std, strict=True))
     white = max((1 - m) / s for m, s in zip(spec.mean, spec.std, strict=True))
-    expected = numerics.qparams(black, white, QScheme(8, False, False))
+    wider = 256 / 255  # with this mean and std: see the test below
+    expected = numerics.qparams(black * wider, white * wider, QScheme(8, False, False))
     assert (state.acts["x.a8"].scale, state.acts["x.a8"].zero_point) == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.45, 0.225), (0.0, 1.0)])
+def test_pixels_do_not_lie_halfway_between_codes(mean, std, bits):
+    image = dataclasses.replace(models.IMAGE, mean=(mean,) * 3, std=(std,) * 3)
+    graph = dataclasses.replace(quantized.folded("plain"), image=image)
+    scheme = QScheme(bits, False, False)
+    grid = rtn._image_grid(graph, Quantizer("x.a", "x", scheme, ()))
+    pixels = (np.arange(256) / 255 - mean) / std
+    codes = pixels / grid.scale
+    if bits == 8:
+        assert (np.abs(codes - np.floor(codes) - 0.5) < 1e-4).mean() < 0.02
+    kept = np.clip(np.round(codes) + grid.zero_point, 0, scheme.quant_max) - grid.zero_point
+    assert np.abs(kept * grid.scale - pixels).max() <= 0.501 * grid.scale
 
 
 def test_two_widths_of_one_tensor_have_their_own_grids(state):

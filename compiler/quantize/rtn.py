@@ -40,6 +40,8 @@ class Options(BaseModel):
     batch_size: int = Field(64, ge=1)
 
 
+_TIE, _TIES = 0.01, 0.1  # of a code from halfway; a part of the pixel values
+
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
 
 
@@ -159,8 +161,23 @@ def smallest_weight_scale(bias: Tensor, input_scale: float) -> Tensor:
 
 
 def _image_grid(graph: Graph, quantizer: Quantizer) -> QParams:
-    """Return the grid of the network input: every valid pixel, whatever the images held."""
-    return affine.affine_qparams(*graph.image.pixel_range(), quantizer.scheme)
+    """Return the grid of the network input: every valid pixel, whatever the images held.
+
+    With mean 0.5 and std 0.5, the 8-bit grid of the range puts every pixel value halfway between
+    two codes, and engines that divide or multiply by the reciprocal round half of an image to other
+    codes (MobileNetV1-0.25: 4.5 % other classes by OpenVINO). One code less over the range.
+    """
+    image, scheme = graph.image, quantizer.scheme
+    low, high = image.pixel_range()
+    grid = affine.affine_qparams(low, high, scheme)
+    values = torch.arange(256, dtype=torch.float64)[:, None] / 255
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (image.mean, image.std))
+    codes = (values - mean) / std / grid.scale
+    halfway = ((codes - codes.floor() - 0.5).abs() < _TIE).double().mean()
+    if halfway < _TIES:
+        return grid
+    wider = scheme.levels / (scheme.levels - 1)
+    return affine.affine_qparams(low * wider, high * wider, scheme)
 
 
 def layer_bias(module: nn.Module) -> Tensor | None:
