@@ -40,7 +40,7 @@ class Options(BaseModel):
     batch_size: int = Field(64, ge=1)
 
 
-_TIE, _TIES = 0.01, 0.1  # of a code from halfway; a part of the pixel values
+_TIE, _TIES = 0.01, 0.5  # of a code from halfway; a part of the pixel values
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
 
