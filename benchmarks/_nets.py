@@ -66,6 +66,16 @@ def zoo_of(net: Net) -> list[Net]:
     return [o for o in list_nets([]) if kind(o) == kind(net) and o.name != net.name]
 
 
+def write_member(net: Net, folder: Path) -> Path:
+    """Write the recipe that names a network of a zoo with its normalization."""
+    keys = {"model": net.flags[0]}
+    keys |= {k.removeprefix("--"): v for k, v in zip(net.flags[1::2], net.flags[2::2], strict=True)}
+    path = folder / f"{net.name}.yaml"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in keys.items() if key != "resize"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def open_net(net: Net) -> Graph:
     """Trace a network, for measurements that the command line does not make."""
     flags = dict(zip(net.flags[1::2], net.flags[2::2], strict=True))

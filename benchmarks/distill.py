@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _nets import Net, list_nets
+from _nets import Net, list_nets, write_member
 from _tables import save_results
 
 # Label, and the flags that make it. Features of equal shape and the teacher's own blocks are ours;
@@ -88,7 +88,7 @@ def measure(
     if "dafl" not in name and name != "mix":
         flags += ["--samples", str(options.samples), "--synth-option", "batch_size=128"]
     if name == "mix":
-        members = [write_recipe(net, Path(folder)) for net in zoo]
+        members = [str(write_member(net, Path(folder))) for net in zoo]
         flags += ["--zoo", ",".join(members)]
     command = [
         *(sys.executable, "-m", "dfqc.compiler", "distill", *teacher.flags, *flags),
@@ -124,15 +124,6 @@ def without_place(network: dict[str, Any]) -> dict[str, Any]:
 def architecture(net: Net) -> str:
     """Return the file and factory of a network."""
     return net.flags[net.flags.index("--arch") + 1]
-
-
-def write_recipe(net: Net, folder: Path) -> str:
-    """Write what names a member of a zoo."""
-    flags = dict(zip(net.flags[1::2], net.flags[2::2], strict=True))
-    keys = {k[2:]: v for k, v in flags.items()} | {"model": net.flags[0]}
-    path = folder / f"{net.name}.yaml"
-    path.write_text("".join(f"{k}: '{v}'\n" for k, v in keys.items()), encoding="utf-8")
-    return str(path)
 
 
 def report(rows: list[dict[str, Any]]) -> str:

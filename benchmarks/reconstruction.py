@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _nets import Net, list_nets
+from _nets import Net, list_nets, write_member, zoo_of
 from _tables import Columns, render_table, table_line, write_results
 from torch import Tensor
 
@@ -113,8 +113,11 @@ def open_case(net: Net, source: str, options: argparse.Namespace) -> Case:
         given |= {"calib_data": str(net.real), "samples": min(options.real_images, net.real_count)}
     else:
         given |= {"synth": source}
-    job = make_job(make_recipe(given))
     with tempfile.TemporaryDirectory(prefix="dfqc-bench-") as scratch, open_store(scratch) as store:
+        if source == "mixmix":
+            zoo = [write_member(other, Path(scratch)) for other in zoo_of(net)]
+            given["zoo"] = ",".join(map(str, zoo))
+        job = make_job(make_recipe(given))
         driver = make_driver(job, store, last="fold")
         driver.run()
         seconds = next(r.seconds for r in driver.records if r.name == "synthesize")

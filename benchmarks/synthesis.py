@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import _judge
-from _nets import Net, judge_of, list_nets, zoo_of
+from _nets import Net, judge_of, list_nets, write_member, zoo_of
 from _tables import Columns, render_table, table_line, write_results
 
 NETS = (
@@ -106,16 +106,6 @@ def method_flags(net: Net, method: str, zoo: Sequence[Net], scratch: Path) -> li
     if method == "mixmix":
         return ["--synth", "mixmix", "--zoo", ",".join(str(write_member(o, scratch)) for o in zoo)]
     return ["--synth", method.partition("-")[0]]
-
-
-def write_member(net: Net, scratch: Path) -> Path:
-    """Write the recipe that names a network of the zoo with its normalization."""
-    keys = {"model": net.flags[0]}
-    keys |= {k.removeprefix("--"): v for k, v in zip(net.flags[1::2], net.flags[2::2], strict=True)}
-    path = scratch / f"{net.name}.yaml"
-    lines = [f"{key}: {json.dumps(value)}" for key, value in keys.items() if key != "resize"]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 COLUMNS: Columns = (
