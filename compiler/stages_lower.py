@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dfqc.compiler.contracts import Lowered
 from dfqc.compiler.driver import Context
 from dfqc.compiler.job import Job
 from dfqc.compiler.stages import FACTS
 from dfqc.compiler.storage import FLOAT_MODEL, load_json
-
-if TYPE_CHECKING:
-    pass
 
 
 def export_float(context: Context) -> bytes:

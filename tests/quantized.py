@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import math
 import tempfile
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from torch import Tensor
 
 import models
 from dfqc.backends import _qdq, ort
-from dfqc.compiler.contracts import CalibSet, Lowered, QuantState, Runner
+from dfqc.compiler.contracts import CalibSet, Lowered, QuantizerSupplies, QuantState, Runner
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.plan import make_plan
 from dfqc.compiler.quantize import rtn
+from dfqc.compiler.quantize._choice import judging_parts
+from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import LayerPlan, Plan, TargetSpec, default_ends, parse_bits, parse_rule
 
 CPU = torch.device("cpu")
@@ -87,6 +91,17 @@ def quantize(graph: Graph, decided: Plan, **options: object) -> QuantState:
     """Round to nearest on `calib()`."""
     chosen = rtn.Options(**options)
     return rtn.quantize(graph, calib(), decided, chosen, rng=torch.Generator(), device=CPU)
+
+
+def judged(graph: Graph, state: QuantState, images: Tensor, held_out: Tensor) -> float:
+    """Mean KL of the softmax in float64, geometric mean over own (every fourth) and its copies."""
+    logs = []
+    for part in judging_parts(images[3::4], QuantizerSupplies(held_out=held_out)):
+        with torch.no_grad():
+            wanted = graph.module(part).double().log_softmax(1)
+            found = simulated(graph, state, integer=False).module(part).double().log_softmax(1)
+        logs.append(math.log(float((wanted.exp() * (wanted - found)).sum(1).mean())))
+    return math.exp(sum(logs) / 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes import bias
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import _trainer, qat
-from dfqc.compiler.quantize._choice import blind_distance, distance, judging_parts
+from dfqc.compiler.quantize._choice import blind_distance, distance
 from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.quantize.qat import Options, quantize
 from dfqc.compiler.simulate import simulated
@@ -51,15 +51,7 @@ def same(first, second):
 
 
 def judged(net, state):
-    """Mean KL of the softmax in float64, geometric mean over own (every fourth) and its copies."""
-    graph, own = folded(net), quantized.calib(64).images[3::4]
-    logs = []
-    for images in judging_parts(own, QuantizerSupplies(held_out=HELD_OUT)):
-        with torch.no_grad():
-            wanted = graph.module(images).double().log_softmax(1)
-            found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
-        logs.append(math.log(float((wanted.exp() * (wanted - found)).sum(1).mean())))
-    return math.exp(sum(logs) / 2)
+    return quantized.judged(folded(net), state, quantized.calib(64).images, HELD_OUT)
 
 
 def supplied(store, **more):

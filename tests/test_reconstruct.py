@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -40,15 +38,7 @@ def error(net, state):
 
 
 def distance(net, state):
-    """Mean KL of the softmax in float64, geometric mean over own (every fourth) and its copies."""
-    graph, own = quantized.folded(net), quantized.calib().images[3::4]
-    logs = []
-    for images in judging_parts(own, QuantizerSupplies(held_out=HELD_OUT)):
-        with torch.no_grad():
-            wanted = graph.module(images).double().log_softmax(1)
-            found = simulated(graph, state, integer=False).module(images).double().log_softmax(1)
-        logs.append(math.log(float((wanted.exp() * (wanted - found)).sum(1).mean())))
-    return math.exp(sum(logs) / 2)
+    return quantized.judged(quantized.folded(net), state, quantized.calib().images, HELD_OUT)
 
 
 def test_what_judges_are_moved_copies_of_what_was_put_aside():
@@ -89,7 +79,9 @@ def test_learning_beats_rounding_to_nearest(rounding, start):
 def test_what_is_kept_is_the_best_per_unit_and_in_the_end(net):
     state = run(net)
     for row in state.info["units"]:
-        assert row["errors"][row["winner"]] == min(row["errors"].values())
+        # Nearest codes stand for the network alone, where closed ones take part in the unit.
+        able = {name: error for name, error in row["errors"].items() if name != "nearest"}
+        assert row["winner"] == min(able, key=able.get)
         learned = set() if "skipped" in row["notes"] else {"steps", "learned"}
         assert set(row["errors"]) == {"nearest", "closed"} | learned
     scores = state.info["heldout_distance"]
@@ -100,7 +92,7 @@ def test_what_is_kept_is_the_best_per_unit_and_in_the_end(net):
 
 def test_a_bad_method_never_ships_a_worse_model():
     state = run(lr_rounding=5.0, lr_act_scale=1.0, lr_bias=1.0, iterations=4)
-    assert all(row["winner"] in ("nearest", "closed") for row in state.info["units"])
+    assert all(row["winner"] == "closed" for row in state.info["units"])
     scores = state.info["heldout_distance"]
     assert distance("residual", state) == pytest.approx(min(scores.values()), rel=1e-4)
 
