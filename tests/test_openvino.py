@@ -16,7 +16,6 @@ from command import Workspace, build, run
 from dfqc.backends import _ov_census
 from dfqc.backends import openvino as target
 from dfqc.compiler.baking import bake_preprocessing, compare_baked
-from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.parity import check_parity
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.simulate import TorchRunner
@@ -128,15 +127,6 @@ def test_the_float_control_computes_in_float32(tmp_path):
 
 
 @needs_openvino
-def test_float_model_matches_float64(store):
-    net = tiny_net(float32=True)
-    path = store(net)
-    output = target.open_runner(path, threads=1).infer(net.images)
-    np.testing.assert_allclose(output, net.outputs, rtol=0, atol=1e-6)
-    assert all(k.endswith("(float32)") for k in target.executed(path, net.layers).values())
-
-
-@needs_openvino
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_and_precision_are_those_asked_for(threads, store):
     runner = target.open_runner(store(tiny_net()), threads=threads)
@@ -145,18 +135,6 @@ def test_threads_and_precision_are_those_asked_for(threads, store):
     assert model.get_property("NUM_STREAMS") == 1
     assert model.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert model.get_property("ENABLE_CPU_PINNING") is False
-
-
-@needs_openvino
-@pytest.mark.parametrize("max_batch", [1, 3, 16, 100])
-def test_a_batch_of_any_size_is_run_in_pieces(max_batch, store):
-    net = tiny_net(float32=True)
-    runner = target.open_runner(store(net), threads=1, max_batch=max_batch)
-    np.testing.assert_allclose(runner.infer(net.images), net.outputs, rtol=0, atol=1e-6)
-    stem = net.layers["stem"]
-    tapped = runner.codes(net.images, [stem])
-    assert tapped[stem].shape == (len(net.images), 8, 8, 8)
-    np.testing.assert_allclose(tapped["output"], net.outputs, rtol=0, atol=1e-6)
 
 
 @needs_openvino
@@ -188,54 +166,9 @@ def test_pixels_in_give_the_outputs_of_normalized_images(tmp_path):
     assert found["images"] == len(IMAGES)
 
 
-@needs_openvino
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (None, "no such file"),
-        (b"", "cannot load it"),
-        (b"this is text, not a model", "no ONNX model"),
-        (tiny_net().data[:2000], "no ONNX model"),
-    ],
-    ids=["missing", "empty", "text", "truncated"],
-)
-def test_a_file_that_is_no_model_is_refused(data, reason, store, tmp_path):
-    path = tmp_path / "none.onnx" if data is None else store(data)
-    with pytest.raises(LoadError, match=reason) as caught:
-        target.open_runner(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@needs_openvino
-@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 1, 8, 8), (2, 3, 9, 8), (0, 3, 8, 8)], ids=str)
-def test_images_of_another_shape_are_refused(shape, store):
-    runner = target.open_runner(store(tiny_net()))
-    with pytest.raises(LoadError, match=r"expected n×3×8×8"):
-        runner.infer(np.zeros(shape, np.float32))
-
-
-@needs_openvino
-def test_names_of_another_model_are_refused(store):
-    path = store(tiny_net())
-    with pytest.raises(LoadError, match="no node computes elsewhere"):
-        target.open_runner(path).codes(sample_images(1), ["elsewhere"])
-    with pytest.raises(LoadError, match=r"stem: value 'conv1' is computed by no node"):
-        target.executed(path, {"stem": "conv1"})
-
-
 def test_a_layer_without_a_trace_is_missing():
     stored = tiny_net().model
     assert _ov_census.kernels(stored, [], {"stem": "stem"}) == {"stem": _ov_census.MISSING}
-
-
-def test_a_missing_runtime_is_said(monkeypatch, store):
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    usable, reason = target.available()
-    assert not usable
-    assert "pip install 'dfqc[openvino]'" in reason
-    with pytest.raises(EnvironmentFault, match=r"pip install 'dfqc\[openvino\]'"):
-        target.open_runner(store(tiny_net()))
 
 
 def test_without_the_runtime_a_build_ends_with_exit_code_8(monkeypatch, shared, capsys):
