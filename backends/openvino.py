@@ -41,6 +41,7 @@ TARGET = TargetSpec(
     clip="float",
     bias="int32",
     packed_int4=True,
+    requantize="stepwise",
     kernel_note="values below 8 bits run on 8-bit integer kernels, on their own grid",
     weight_only_note="weight-only: computed in float32",
 )
@@ -112,6 +113,19 @@ def compiled_nodes(model: Path) -> list[dict[str, str]]:
         runner.close()
 
 
+def options(threads: int, precision: str) -> dict[str, Any]:
+    """Return the properties that every model is compiled with."""
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,  # all threads work on one batch
+        "INFERENCE_PRECISION_HINT": precision,
+        # Float layers with integer weights would round their activations to 8 bits unasked.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        # Threads that are bound to cores get into the way of the engine timed beside this one.
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
 class Runner:
     """An open model: float32 (n, c, h, w) in normalized space in, the first output back.
 
@@ -163,23 +177,12 @@ class Runner:
             if shape[0].is_dynamic:
                 shape[0] = batch
                 model.reshape(shape)
-            return _core().compile_model(model, _DEVICE, self._options())
+            return _core().compile_model(model, _DEVICE, options(self.threads, self.precision))
         except Exception as error:  # the runtime raises RuntimeError for every kind of fault
             raise LoadError(
                 f"{self.model}: OpenVINO {_runtime().__version__} cannot load it: {_cause(error)}; "
                 f"expected an ONNX model of opset {TARGET.opset} such as `dfqc build` writes"
             ) from error
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "INFERENCE_NUM_THREADS": self.threads,
-            "NUM_STREAMS": 1,  # all threads work on one batch
-            "INFERENCE_PRECISION_HINT": self.precision,
-            # Float layers with integer weights would round their activations to 8 bits unasked.
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            # Threads that are bound to cores get into the way of the engine timed beside this one.
-            "ENABLE_CPU_PINNING": False,
-        }
 
     def _run(self, images: np.ndarray, names: tuple[str, ...]) -> list[np.ndarray]:
         import numpy as np

@@ -89,6 +89,7 @@ def make_plan(
             for name, layer in layers.items()
         },
         quantizers,
+        target.requantize,
     )
 
 

@@ -24,20 +24,21 @@ from dfqc.compiler.spec import LayerPlan, Plan, QScheme, Quantizer
 class FakeQuantize(nn.Module):
     """A per-tensor grid: real values in, the nearest values of the grid out."""
 
-    def __init__(self, qparams: QParams, scheme: QScheme) -> None:
+    def __init__(self, qparams: QParams, scheme: QScheme, *, stepwise: bool = False) -> None:
         super().__init__()
         self.scheme = scheme
+        self.quantize = affine.quantize_by_range if stepwise else affine.quantize
         self.zero_point = qparams.zero_point
         self.register_buffer("scale", torch.tensor(qparams.scale, dtype=torch.float32))
         self.scale: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the grid, same shape."""
-        return affine.fake_quantize(x, self.scale, self.zero_point, self.scheme)
+        return self.codes(x).sub_(self.zero_point).mul_(self.scale)
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the integer codes of `x` as floats, same shape."""
-        return affine.quantize(x, self.scale, self.zero_point, self.scheme)
+        return self.quantize(x, self.scale, self.zero_point, self.scheme)
 
 
 class IntegerLayer(nn.Module):
@@ -46,7 +47,8 @@ class IntegerLayer(nn.Module):
     Codes times codes in exact integers, plus the int32 bias, converted to float32 once, times one
     float32 multiplier. With `output`, the multiplier carries the output scale too and the result
     is rounded and saturated on the output grid, as QLinearConv does: two float roundings would
-    put about one code in 100,000 on the other side of a boundary.
+    put about one code in 100,000 on the other side of a boundary. `stepwise` is another engine's
+    order: the sum converted to float32, times its step, plus the bias as float32.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class IntegerLayer(nn.Module):
         bias: Tensor | None,
         grid: QParams,
         output: tuple[QParams, QScheme] | None,
+        *,
+        stepwise: bool = False,
     ) -> None:
         super().__init__()
         self.layer = copy.deepcopy(layer)
@@ -76,14 +80,22 @@ class IntegerLayer(nn.Module):
             shifts = affine.bias_codes(bias, grid.scale, weight.scale)
         device = layer.weight.device
         self.input_scale = grid.scale
+        self.stepwise = stepwise
+        if stepwise:
+            self.register_buffer(
+                "bias", affine.channel_view(shifts.float() * step, ndim, axis).to(device)
+            )
         self.register_buffer("shift", affine.channel_view(shifts.double(), ndim, axis).to(device))
         self.register_buffer("multiplier", affine.channel_view(step, ndim, axis).to(device))
         self.shift: Tensor
         self.multiplier: Tensor
+        self.bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for `x`, real values on the input grid."""
         total: Tensor = self.layer((x / self.input_scale).round_().to(self.dtype))
+        if self.stepwise:
+            return total.float().mul_(self.multiplier).add_(self.bias)
         real = total.double().add_(self.shift).float().mul_(self.multiplier)
         if self.output is None:
             return real
@@ -100,7 +112,8 @@ def simulated(graph: Graph, state: QuantState, *, integer: bool = True) -> Graph
     the codes away from the engine).
     """
     result = copy_graph(graph)
-    fused = _fused_outputs(result, state.plan) if integer else {}
+    stepwise = state.plan.requantize == "stepwise"
+    fused = _fused_outputs(result, state.plan) if integer and not stepwise else {}
     for layer in state.plan.layers.values():
         if layer.weight is None:
             continue
@@ -110,12 +123,15 @@ def simulated(graph: Graph, state: QuantState, *, integer: bool = True) -> Graph
             name = fused.get(layer.node)
             output = (state.acts[name], state.plan.quantizers[name].scheme) if name else None
             bias = state.biases.get(layer.name)
-            exact = IntegerLayer(module, state.weights[layer.name], bias, grid, output)
+            weight = state.weights[layer.name]
+            exact = IntegerLayer(module, weight, bias, grid, output, stepwise=stepwise)
             result.module.set_submodule(layer.name, exact)
         else:
             apply_layer(module, layer, state)
     insert_quantizers(
-        result.module, state.plan, lambda q: FakeQuantize(state.acts[q.name], q.scheme)
+        result.module,
+        state.plan,
+        lambda q: FakeQuantize(state.acts[q.name], q.scheme, stepwise=integer and stepwise),
     )
     return result
 

@@ -179,6 +179,9 @@ class TargetSpec:
     `inputs` (Q/DQ on layer inputs and on the skip branch of residual adds only).
     `clip` says how a grid below 8 bits is kept: an integer Clip after Q, or a float Clip before.
     `bias` is `int32` (integer initializer) or `float32` (the same grid, stored as float).
+    `requantize` is how its kernels come from an integer sum to codes, which decides the last bit:
+    `once` (sum and bias in integers, times one float32) or `stepwise` (sum times its step, plus
+    the float bias, in float32; codes by the ends of their range).
     """
 
     name: str
@@ -199,6 +202,7 @@ class TargetSpec:
     block_int4: bool = False  # weight-only layers of up to 4 bits as INT4 in blocks
     bases: tuple[str, ...] = ("fp32",)  # what the rest of the network can be written in
     engine_file: str = ""  # what `dfqc engine` builds on the device; empty: the model itself runs
+    requantize: str = "once"
     # Storage of values below 8 bits always runs on 8-bit kernels: said to the user per layer.
     kernel_note: str = ""
 
@@ -281,12 +285,14 @@ class Plan:
     bits: Bits
     layers: Mapping[str, LayerPlan]
     quantizers: Mapping[str, Quantizer]
+    requantize: str = "once"  # see `TargetSpec`
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; `plan_from_json` reads it back."""
         return {
             "target": self.target,
             "bits": str(self.bits),
+            "requantize": self.requantize,
             "layers": [dataclasses.asdict(p) for p in self.layers.values()],
             "quantizers": [dataclasses.asdict(q) for q in self.quantizers.values()],
         }
@@ -307,4 +313,5 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
             "consumers": tuple(raw["consumers"]),
         }
         quantizers[raw["name"]] = Quantizer(**fields)
-    return Plan(data["target"], parse_bits(data["bits"]), layers, quantizers)
+    bits = parse_bits(data["bits"])
+    return Plan(data["target"], bits, layers, quantizers, data.get("requantize", "once"))

@@ -1,5 +1,6 @@
 """The OpenVINO target, run by OpenVINO; where it is missing, what is said of that."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -16,9 +17,10 @@ from command import Workspace, build, run
 from dfqc.backends import _ov_census
 from dfqc.backends import openvino as target
 from dfqc.compiler.baking import bake_preprocessing, compare_baked
+from dfqc.compiler.contracts import QParams
 from dfqc.compiler.parity import check_parity
 from dfqc.compiler.passes.fold import fold
-from dfqc.compiler.simulate import TorchRunner
+from dfqc.compiler.simulate import TorchRunner, simulated
 from qdq_models import CLASSES, sample_images, tiny_net
 
 needs_openvino = pytest.mark.skipif(
@@ -65,6 +67,35 @@ def test_the_engine_computes_what_is_simulated_on_integer_kernels(net, bits, tmp
     planned = [name for name, layer in state.plan.layers.items() if layer.input is not None]
     assert set(planned) == set(kernels)
     assert all(_ov_census.is_integer(kernel) for kernel in kernels.values()), kernels
+
+
+@needs_openvino
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("net", ["plain", "depthwise"])
+def test_without_adds_every_code_is_the_simulated_one(net, bits, tmp_path):
+    path = tmp_path / "model.onnx"
+    graph, state, result = lowered(net, bits, path)
+    report = check_parity(graph, state, result, target.open_runner(path, threads=1), IMAGES)
+    assert [layer.max_steps for layer in report.layers] == [0] * len(state.acts)
+
+
+@needs_openvino
+@pytest.mark.parametrize("mean", [0.5, 0.485])
+@pytest.mark.parametrize("levels", [255, 256])
+def test_pixels_between_two_codes_go_where_the_engine_puts_them(mean, levels, tmp_path):
+    graph = quantized.folded("plain")
+    state = quantized.quantize(graph, quantized.plan(graph, "w8a8", target=target.TARGET))
+    scale = np.float32(2 / levels)  # of 256 levels: every pixel is a tie
+    image = QParams(float(scale), round(2 * mean / scale))
+    state = dataclasses.replace(state, acts={**state.acts, "x.a8": image})
+    result = target.lower(graph, state, metadata={})
+    path = tmp_path / "model.onnx"
+    path.write_bytes(result.model)
+    pixels = np.arange(768, dtype=np.float32).reshape(1, 3, 16, 16) % 256
+    images = (pixels / np.float32(255) - np.float32(mean)) / np.float32(0.5)
+    found = target.open_runner(path, threads=1).codes(images, [result.taps["x.a8"]])
+    expected = TorchRunner(simulated(graph, state)).codes(images, ["x.a8"])
+    np.testing.assert_array_equal(found[result.taps["x.a8"]], expected["x.a8"])
 
 
 @needs_openvino

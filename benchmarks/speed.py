@@ -1,0 +1,232 @@
+"""Speed of `dfqc build`'s models beside float and beside the peers' files, on the same engine.
+
+First `--prepare` makes everything (minutes, on a machine that may be busy); then the same command
+without it times, on a quiet one. All models of a setting take turns, see `dfqc bench`; every call
+has its wall clock and the CPU time of its process. Networks of torchvision have random weights,
+with the batch norms' statistics of noise: that is as fast, and is not judged.
+
+    python benchmarks/speed.py --work DIR --prepare && python benchmarks/speed.py --work DIR -o OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _peers
+import numpy as np
+import torch
+from _nets import Net, list_nets
+from _plots import write_bars
+from _tables import Columns, render_table, save_results, table_line, write_results
+
+from dfqc.backends import _ort_census, _ov_census, openvino, ort
+from dfqc.compiler.bench import sample
+from dfqc.compiler.contracts import Runner
+from dfqc.compiler.driver import StageRecord
+from dfqc.compiler.job import make_job
+from dfqc.compiler.pipeline import make_driver, open_store
+from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.sizes import ideal_bytes
+
+ZOO = (
+    *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large"),
+    *("efficientnet_b0", "regnet_y_400mf"),
+)
+ENGINES = {"ort": ort, "openvino": openvino}
+BITS = ("w8a8", "w4a8", "w4a4")
+PEERS = {"ort": ("onnxruntime", "nncf"), "openvino": ("onnxruntime", "nncf")}
+WARMUP, CALLS = 3, 200
+LEGEND = (
+    "Times float: the float model's median over the quantized one's, CPU time of the process with "
+    "one thread, wall clock with two; more is faster. `onnxruntime`: `quantize_static`, QDQ, per "
+    "channel, after its own preprocessing. `nncf`: `nncf.quantize`, on ONNX for ONNX Runtime, on "
+    "the engine's own format for OpenVINO. Both begin at the float model that dfqc's control is."
+)
+
+
+class Clocked:
+    """A runner that keeps the CPU time of every call, of all threads of this process."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.cpu: list[float] = []
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Run a batch."""
+        start = time.process_time()
+        outputs = self.runner.infer(images)
+        self.cpu.append(time.process_time() - start)
+        return outputs
+
+    def codes(self, images: np.ndarray, names: Any) -> Mapping[str, np.ndarray]:
+        """Return inner values, unclocked."""
+        return self.runner.codes(images, names)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.runner.close()
+
+
+def main() -> int:
+    """Prepare, or measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("nets", nargs="*", help="of torchvision or the assets; default: all")
+    parser.add_argument("--work", type=Path, required=True, help="folder of what was prepared")
+    parser.add_argument("--prepare", action="store_true", help="build what is missing there")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--bits", nargs="+", default=list(BITS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=1.5, help="per model and setting")
+    parser.add_argument("-o", "--output", type=Path, help="write OUTPUT.json, .md and .svg")
+    options = parser.parse_args()
+    assets = {net.name: net for net in list_nets([])}
+    names = options.nets or [*ZOO, *assets]
+    if options.prepare:
+        for name in names:
+            prepare(name, assets.get(name), options)
+        return 0
+    rows: list[dict[str, Any]] = []
+    words = iter(sys.argv[1:])
+    told = [w for w in words if w != "--work" or not next(words)]  # a place of this machine
+    command = " ".join(["python", "benchmarks/speed.py", "--work", "DIR", *told])
+    for name in names:
+        for engine in options.engines:
+            for threads in options.threads:
+                for batch in options.batches:
+                    rows.append(measure(name, engine, threads, batch, options))
+                    print(table_line(COLUMNS, rows[-1]), flush=True)
+        save_results(rows, render(rows, command), options.output)
+    write_results(rows, render(rows, command), options.output)
+    if options.output:
+        write_bars(rows, options.output)
+    return 0
+
+
+def prepare(name: str, asset: Net | None, options: argparse.Namespace) -> None:
+    """Make every model and peer's file of a network that is not there yet."""
+    folder: Path = options.work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = asset.flags if asset else _peers.random_network(name, folder)
+    for engine in options.engines:
+        for bits in options.bits:
+            if not (folder / f"{engine}-{bits}.json").is_file():
+                _compile(flags, engine, bits, folder)
+                print(f"{name}: {engine} {bits}", flush=True)
+    for peer, (file, make) in _peers.FILES.items():
+        if not (folder / file).is_file():
+            make(folder / "float.onnx", folder / file)
+            print(f"{name}: {peer}", flush=True)
+
+
+def _compile(flags: Sequence[str], engine: str, bits: str, folder: Path) -> None:
+    """Run a build as far as its model, and look at what the engine makes of that."""
+    given: dict[str, Any] = {
+        name[2:].replace("-", "_"): value
+        for name, value in zip(flags[1::2], flags[2::2], strict=True)
+    }
+    given |= {"model": flags[0], "bits": bits, "target": engine, "samples": _peers.IMAGES}
+    given |= {"synth": "noise", "quantizer": "rtn", "equalize": "none", "bias_correction": "none"}
+    job = make_job(make_recipe(given))
+    with open_store(str(folder / "cache")) as store:
+        driver = make_driver(job, store, last="lower", finished=_tell)
+        driver.run()
+        lowered = driver.value("lower")
+        (folder / "float.onnx").write_bytes(driver.value("float"))
+    path = folder / f"{engine}-{bits}.onnx"
+    path.write_bytes(lowered.model)
+    kernels = ENGINES[engine].executed(path, lowered.layers)
+    graph = driver.value("fold")
+    convs = [n for n in kernels if isinstance(graph.module.get_submodule(n), torch.nn.Conv2d)]
+    census = {"ort": _ort_census, "openvino": _ov_census}[engine]
+    facts = {
+        "ideal_ratio": len(lowered.model) / ideal_bytes(graph, driver.value("correct")),
+        "integer_convs": f"{sum(census.is_integer(kernels[n]) for n in convs)}/{len(convs)}",
+        "image": list(graph.image.size),
+    }
+    path.with_suffix(".json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def _tell(record: StageRecord) -> None:
+    if not record.cached:
+        print(f"  {record.name} {record.seconds:.0f} s", flush=True)
+
+
+def measure(
+    name: str, engine: str, threads: int, batch: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time all models of a network on an engine in one setting."""
+    folder: Path = options.work / name
+    files = {"float": folder / "float.onnx"}
+    files |= {bits: folder / f"{engine}-{bits}.onnx" for bits in options.bits}
+    files |= {peer: folder / _peers.file_of(peer, engine) for peer in PEERS[engine]}
+    runners = {
+        label: Clocked(_peers.open_file(ENGINES[engine], path, threads))
+        for label, path in files.items()
+    }
+    facts = {b: json.loads(files[b].with_suffix(".json").read_text()) for b in options.bits}
+    size = facts[options.bits[0]]["image"]
+    images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
+    seconds = options.seconds * len(runners)
+    wall = sample(runners, images, warmup=WARMUP, runs=CALLS, seconds=seconds)
+    row: dict[str, Any] = {"net": name, "engine": engine, "threads": threads, "batch": batch}
+    for label, runner in runners.items():
+        row[label] = {
+            "wall_ms": float(np.median(wall[label])),
+            "cpu_ms": 1000 * float(np.median(runner.cpu[WARMUP:])),
+            "calls": len(wall[label]),
+            "bytes": _peers.size_of(files[label]),
+        }
+        runner.close()
+    for bits in options.bits:
+        row[bits] |= {k: facts[bits][k] for k in ("ideal_ratio", "integer_convs")}
+    return row
+
+
+def ratio(row: Mapping[str, Any], label: str) -> float:
+    """Return how many times as fast as float: by CPU time of one thread, by the clock of more."""
+    clock = "cpu_ms" if row["threads"] == 1 else "wall_ms"
+    return float(row["float"][clock] / row[label][clock])
+
+
+def _ratio(label: str) -> Any:
+    return lambda row: f"{ratio(row, label):.2f}" if label in row else ""
+
+
+COLUMNS: Columns = (
+    ("net", lambda r: r["net"]),
+    ("engine", lambda r: r["engine"]),
+    ("threads", lambda r: str(r["threads"])),
+    ("batch", lambda r: str(r["batch"])),
+    ("float ms", lambda r: f"{r['float']['wall_ms']:.2f}"),
+    ("float CPU ms", lambda r: f"{r['float']['cpu_ms']:.2f}"),
+    *((label, _ratio(label)) for label in (*BITS, "onnxruntime", "nncf")),
+)
+SIZES: Columns = (
+    ("net", lambda r: r["net"]),
+    ("engine", lambda r: r["engine"]),
+    ("float kB", lambda r: f"{r['float']['bytes'] / 1e3:.0f}"),
+    *(
+        (f"{label} kB", lambda r, label=label: f"{r[label]['bytes'] / 1e3:.0f}")
+        for label in (*BITS, "onnxruntime", "nncf")
+    ),
+    ("x ideal", lambda r: " ".join(f"{r[bits]['ideal_ratio']:.3f}" for bits in BITS)),
+    ("integer convs", lambda r: " ".join(r[bits]["integer_convs"] for bits in BITS)),
+)
+
+
+def render(rows: list[dict[str, Any]], command: str) -> str:
+    """Return the Markdown tables of speed and of size."""
+    once = {(r["net"], r["engine"]): r for r in rows}
+    sizes = render_table(SIZES, list(once.values()), command, "Sizes of the files.")
+    return render_table(COLUMNS, rows, command, LEGEND) + "\n" + sizes.split("\n", 2)[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
