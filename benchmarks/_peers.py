@@ -39,6 +39,17 @@ def random_network(name: str, folder: Path) -> list[str]:
     return [str(path), "--arch", f"torchvision:{name}"]
 
 
+def noise_file(folder: Path, size: str | None) -> Path:
+    """Write images of noise of an input size (text such as 3x224x224), in dfqc's format."""
+    path = folder / "noise.npz"
+    if not path.is_file():
+        channels, height, width = map(int, size.split("x")) if size else (3, SIZE, SIZE)
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(0, 256, (2 * IMAGES, height, width, channels), np.uint8)
+        np.savez(path, images=pixels)
+    return path
+
+
 def quantize_onnxruntime(control: Path, path: Path) -> None:
     """Write what ONNX Runtime's own quantizer makes of a float model: static QDQ, per channel."""
     from onnxruntime import quantization

@@ -132,7 +132,8 @@ def _compile(flags: Sequence[str], engine: str, bits: str, folder: Path) -> None
         for name, value in zip(flags[1::2], flags[2::2], strict=True)
     }
     given |= {"model": flags[0], "bits": bits, "target": engine, "samples": _peers.IMAGES}
-    given |= {"synth": "noise", "quantizer": "rtn", "equalize": "none", "bias_correction": "none"}
+    given |= {"quantizer": "rtn", "equalize": "none", "bias_correction": "none"}
+    given["calib_data"] = str(_peers.noise_file(folder, given.get("input_size")))
     job = make_job(make_recipe(given))
     with open_store(str(folder / "cache")) as store:
         driver = make_driver(job, store, last="lower", finished=_tell)
