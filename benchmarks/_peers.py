@@ -14,40 +14,35 @@ import torch
 
 from dfqc.backends import openvino
 from dfqc.compiler._vision import import_zoo
-from dfqc.compiler.contracts import Runner
+from dfqc.compiler.contracts import ImageSpec, Runner
+from dfqc.compiler.frontend import trace
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.loading import LoadedModel
 
 IMAGES = 16  # of noise, for everybody's ranges
 SIZE = 224
 
 
-def random_network(name: str, folder: Path) -> list[str]:
-    """Write weights of a torchvision network and return the flags that load them.
+def random_network(name: str) -> Graph:
+    """Trace a torchvision network with random weights.
 
     The statistics of its batch norms are those of noise: without them the values of some of these
     networks die out or grow from layer to layer, and denormal numbers are slow.
     """
-    path = folder / "weights.pt"
-    if not path.is_file():
-        torch.manual_seed(0)
-        net = import_zoo("torchvision").models.get_model(name, weights=None)
-        for module in net.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = None  # the plain average
-        with torch.no_grad():
-            net.train()(torch.randn(IMAGES, 3, SIZE, SIZE))
-        torch.save(net.state_dict(), path)
-    return [str(path), "--arch", f"torchvision:{name}"]
+    torch.manual_seed(0)
+    net = import_zoo("torchvision").models.get_model(name, weights=None)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain average
+    size = (3, SIZE, SIZE)
+    with torch.no_grad():
+        net.train()(torch.from_numpy(noise(size)))
+    return trace(LoadedModel(net.eval(), ImageSpec(size), name, ""))
 
 
-def noise_file(folder: Path, size: str | None) -> Path:
-    """Write images of noise of an input size (text such as 3x224x224), in dfqc's format."""
-    path = folder / "noise.npz"
-    if not path.is_file():
-        channels, height, width = map(int, size.split("x")) if size else (3, SIZE, SIZE)
-        rng = np.random.default_rng(0)
-        pixels = rng.integers(0, 256, (2 * IMAGES, height, width, channels), np.uint8)
-        np.savez(path, images=pixels)
-    return path
+def noise(size: tuple[int, ...]) -> np.ndarray:
+    """Return normal images (n, c, h, w), the same every time."""
+    return np.random.default_rng(0).standard_normal((IMAGES, *size), np.float32)
 
 
 def quantize_onnxruntime(control: Path, path: Path) -> None:
@@ -115,9 +110,8 @@ def feeds(control: Path) -> Iterator[dict[str, np.ndarray]]:
     """Yield images of noise, one at a time, by the name of the model's input."""
     entry = onnx.load(control).graph.input[0]
     shape = [dim.dim_value for dim in entry.type.tensor_type.shape.dim][1:]
-    rng = np.random.default_rng(0)
-    for _ in range(IMAGES):
-        yield {entry.name: rng.standard_normal((1, *shape), np.float32)}
+    for image in noise(tuple(shape)):
+        yield {entry.name: image[None]}
 
 
 def open_file(engine: ModuleType, path: Path, threads: int) -> Runner:

@@ -14,25 +14,26 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import _peers
 import numpy as np
 import torch
-from _nets import Net, list_nets
+from _nets import Net, list_nets, open_net
 from _plots import write_bars
 from _tables import Columns, render_table, save_results, table_line, write_results
 
 from dfqc.backends import _ort_census, _ov_census, openvino, ort
 from dfqc.compiler.bench import sample
-from dfqc.compiler.contracts import Runner
-from dfqc.compiler.driver import StageRecord
-from dfqc.compiler.job import make_job
-from dfqc.compiler.pipeline import make_driver, open_store
-from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.contracts import CalibSet, Runner
+from dfqc.compiler.graph import Graph
+from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.plan import make_plan
+from dfqc.compiler.quantize import rtn
 from dfqc.compiler.sizes import ideal_bytes
+from dfqc.compiler.spec import default_ends, parse_bits
 
 ZOO = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large"),
@@ -86,7 +87,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.5, help="per model and setting")
     parser.add_argument("-o", "--output", type=Path, help="write OUTPUT.json, .md and .svg")
     options = parser.parse_args()
-    assets = {net.name: net for net in list_nets([])}
+    zoo_only = bool(options.nets) and set(options.nets) <= set(ZOO)
+    assets = {} if zoo_only else {net.name: net for net in list_nets([])}
     names = options.nets or [*ZOO, *assets]
     if options.prepare:
         for name in names:
@@ -113,50 +115,45 @@ def prepare(name: str, asset: Net | None, options: argparse.Namespace) -> None:
     """Make every model and peer's file of a network that is not there yet."""
     folder: Path = options.work / name
     folder.mkdir(parents=True, exist_ok=True)
-    flags = asset.flags if asset else _peers.random_network(name, folder)
-    for engine in options.engines:
-        for bits in options.bits:
-            if not (folder / f"{engine}-{bits}.json").is_file():
-                _compile(flags, engine, bits, folder)
-                print(f"{name}: {engine} {bits}", flush=True)
+    wanted = [(e, b) for e in options.engines for b in options.bits]
+    missing = [(e, b) for e, b in wanted if not (folder / f"{e}-{b}.json").is_file()]
+    if missing:
+        graph = fold(open_net(asset) if asset else _peers.random_network(name))
+        (folder / "float.onnx").write_bytes(ort.lower_float(graph))
+        for engine, bits in missing:
+            _compile(graph, engine, bits, folder)
+            print(f"{name}: {engine} {bits}", flush=True)
     for peer, (file, make) in _peers.FILES.items():
         if not (folder / file).is_file():
             make(folder / "float.onnx", folder / file)
             print(f"{name}: {peer}", flush=True)
 
 
-def _compile(flags: Sequence[str], engine: str, bits: str, folder: Path) -> None:
-    """Run a build as far as its model, and look at what the engine makes of that."""
-    given: dict[str, Any] = {
-        name[2:].replace("-", "_"): value
-        for name, value in zip(flags[1::2], flags[2::2], strict=True)
-    }
-    given |= {"model": flags[0], "bits": bits, "target": engine, "samples": _peers.IMAGES}
-    given |= {"quantizer": "rtn", "equalize": "none", "bias_correction": "none"}
-    given["calib_data"] = str(_peers.noise_file(folder, given.get("input_size")))
-    job = make_job(make_recipe(given))
-    with open_store(str(folder / "cache")) as store:
-        driver = make_driver(job, store, last="lower", finished=_tell)
-        driver.run()
-        lowered = driver.value("lower")
-        (folder / "float.onnx").write_bytes(driver.value("float"))
+def _compile(graph: Graph, engine: str, bits: str, folder: Path) -> None:
+    """Round to nearest, lower, and look at what the engine makes of that."""
+    backend, asked = ENGINES[engine], parse_bits(bits)
+    plan = make_plan(graph, backend.TARGET, asked, [], ends=default_ends(asked))
+    images = torch.from_numpy(_peers.noise(graph.image.size))
+    state = rtn.quantize(
+        graph,
+        CalibSet(images, None, "noise"),
+        plan,
+        rtn.Options(),
+        rng=torch.Generator(),
+        device=torch.device("cpu"),
+    )
+    lowered = backend.lower(graph, state, metadata={"dfqc": "benchmark"})
     path = folder / f"{engine}-{bits}.onnx"
     path.write_bytes(lowered.model)
-    kernels = ENGINES[engine].executed(path, lowered.layers)
-    graph = driver.value("fold")
+    kernels = backend.executed(path, lowered.layers)
     convs = [n for n in kernels if isinstance(graph.module.get_submodule(n), torch.nn.Conv2d)]
     census = {"ort": _ort_census, "openvino": _ov_census}[engine]
     facts = {
-        "ideal_ratio": len(lowered.model) / ideal_bytes(graph, driver.value("correct")),
+        "ideal_ratio": len(lowered.model) / ideal_bytes(graph, state),
         "integer_convs": f"{sum(census.is_integer(kernels[n]) for n in convs)}/{len(convs)}",
         "image": list(graph.image.size),
     }
     path.with_suffix(".json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-
-
-def _tell(record: StageRecord) -> None:
-    if not record.cached:
-        print(f"  {record.name} {record.seconds:.0f} s", flush=True)
 
 
 def measure(

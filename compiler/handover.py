@@ -49,7 +49,8 @@ def hand_over(
         if path not in made and not path.startswith("triton/")
     }
     served = _read(files.get(BAKED, files[MODEL]) if engine is None else files[MODEL])
-    files |= triton_repository(name, served, cpu=cpu, engine=engine, batches=batches)
+    target = str(manifest["target"])
+    files |= triton_repository(name, served, cpu=cpu, target=target, engine=engine, batches=batches)
     files[SELFTEST] = SCRIPT.encode()
     files[JUNIT] = junit_xml(manifest)
     files[CARD] = model_card(manifest, [*files, CARD, PROVENANCE]).encode()

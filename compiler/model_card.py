@@ -140,9 +140,10 @@ def _preprocessing(manifest: Mapping[str, Any]) -> list[str]:
 
 def _how_to_run(manifest: Mapping[str, Any]) -> str:
     about = manifest.get("preprocessing") or {}
+    runtime = "openvino" if manifest["target"] == "openvino" else "onnxruntime"
     code = _snippet(manifest) if about else ""
     verbs = (
-        "```\npython selftest.py            # numpy and onnxruntime only: does it compute here "
+        f"```\npython selftest.py            # numpy and {runtime} only: does it compute here "
         "what it must?\nsha256sum -c SHA256SUMS\ndfqc verify .                 # the same and "
         "more, layer by layer\ndfqc bench .                  # how fast it is on this device\n"
         "tritonserver --model-repository=$PWD/triton\n```"
@@ -150,8 +151,23 @@ def _how_to_run(manifest: Mapping[str, Any]) -> str:
     return f"{verbs}\n\n{code}" if code else verbs
 
 
+# How the snippet imports its runtime, and how it calls the model.
+_ONNXRUNTIME = (
+    "import onnxruntime as ort",
+    """session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+logits = session.run(None, {session.get_inputs()[0].name: images})[0]""",
+)
+_OPENVINO = (
+    "import openvino as ov",
+    """options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+model = ov.Core().compile_model("model.onnx", "CPU", options)
+logits = model(images)[0]""",
+)
+
+
 def _snippet(manifest: Mapping[str, Any]) -> str:
     """Return Python that classifies one picture; a test runs it."""
+    load, call = _OPENVINO if manifest["target"] == "openvino" else _ONNXRUNTIME
     image = manifest["image"]
     channels, height, width = image["size"]
     mode = "RGB" if channels == 3 else "L"
@@ -161,7 +177,7 @@ def _snippet(manifest: Mapping[str, Any]) -> str:
         scale = f"max({width} / picture.width, {height} / picture.height)"
     return f"""```python
 import numpy as np
-import onnxruntime as ort
+{load}
 from PIL import Image
 
 picture = Image.open("image.jpg").convert("{mode}")
@@ -173,8 +189,7 @@ picture = picture.crop((left, top, left + {width}, top + {height}))
 pixels = np.asarray(picture, np.float32).reshape({height}, {width}, {channels})
 mean, std = np.float32({list(image["mean"])}), np.float32({list(image["std"])})
 images = ((pixels / 255 - mean) / std).transpose(2, 0, 1)[None]
-session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-logits = session.run(None, {{session.get_inputs()[0].name: images}})[0]
+{call}
 print(logits.argmax(1))
 ```"""
 

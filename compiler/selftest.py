@@ -1,6 +1,7 @@
 """The script that a package brings to test itself: its text, and the limits that it reads.
 
-It needs numpy and onnxruntime and nothing of dfqc: a serving team runs it where the package lands.
+It needs numpy and the runtime that the package was built for, and nothing of dfqc: a serving team
+runs it where the package lands.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ SELFTEST = "selftest.py"
 SCRIPT = '''#!/usr/bin/env python3
 """Does this package compute here what it computed when it was built?
 
-Needs numpy and onnxruntime, nothing else:  python selftest.py
-Exit code 0: yes. 3: a file is missing or was changed. 7: the outputs differ. 8: no onnxruntime.
+Needs numpy and the runtime, openvino or onnxruntime, nothing else:  python selftest.py
+Exit code 0: yes. 3: a file is missing or was changed. 7: the outputs differ. 8: no runtime.
 """
 
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,21 +27,23 @@ HERE = Path(__file__).resolve().parent
 def main():
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     count = check_files()
+    name = "openvino" if manifest["target"] == "openvino" else "onnxruntime"
     try:
-        import onnxruntime
+        runtime = importlib.import_module(name)
     except ImportError as error:
-        stop(8, f"onnxruntime cannot be imported ({error}): pip install onnxruntime numpy")
+        stop(8, f"{name} cannot be imported ({error}): pip install {name} numpy")
+    run = run_openvino if name == "openvino" else run_onnxruntime
     print(f"files    {count} as written")
     import numpy
 
     with numpy.load(HERE / "golden.npz", allow_pickle=False) as golden:
         inputs, expected = golden["inputs"], golden["outputs"]
-    outputs = run(onnxruntime, HERE / "model.onnx", inputs)
+    outputs = run(runtime, HERE / "model.onnx", inputs)
     compare(numpy, outputs, expected, manifest["golden"])
     baked = manifest.get("preprocessing", {}).get("baked")
     if baked:
-        compare_baked(numpy, onnxruntime, inputs, manifest, baked)
-    print(f"passed   model.onnx on onnxruntime {onnxruntime.__version__}")
+        compare_baked(numpy, lambda *given: run(runtime, *given), inputs, manifest, baked)
+    print(f"passed   model.onnx on {name} {runtime.__version__}")
     if manifest.get("engine", "model.onnx") != "model.onnx":
         print(f"note     {manifest['engine']} itself was not run: `dfqc verify` does that")
 
@@ -56,7 +60,17 @@ def check_files():
     return len(lines)
 
 
-def run(onnxruntime, path, images):
+def run_openvino(openvino, path, images):
+    """Return the first output for a batch of images, as dfqc runs the model."""
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    model.reshape(images.shape)
+    # Float in float32, as it was simulated; integer weights of float layers likewise.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    return core.compile_model(model, "CPU", options)(images)[0]
+
+
+def run_onnxruntime(onnxruntime, path, images):
     """Return the first output for a batch of images, as dfqc runs the model."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -87,7 +101,7 @@ def compare(numpy, outputs, expected, limits):
         stop(7, f"arg-max equal on {percent:.2f} %, expected {limits['agreement']:g} %")
 
 
-def compare_baked(numpy, onnxruntime, inputs, manifest, baked):
+def compare_baked(numpy, run, inputs, manifest, baked):
     """Compare the model that takes pixels with the one that takes normalized images."""
     image = manifest["image"]
     mean, std = (numpy.array(image[name], numpy.float32) for name in ("mean", "std"))
@@ -95,8 +109,8 @@ def compare_baked(numpy, onnxruntime, inputs, manifest, baked):
     pixels = numpy.clip(numpy.rint(real), 0, 255).astype(numpy.uint8)
     normalized = (pixels.astype(numpy.float32) / numpy.float32(255) - mean) / std
     normalized = numpy.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
-    plain = run(onnxruntime, HERE / "model.onnx", normalized)
-    largest = float(numpy.abs(run(onnxruntime, HERE / baked["file"], pixels) - plain).max())
+    plain = run(HERE / "model.onnx", normalized)
+    largest = float(numpy.abs(run(HERE / baked["file"], pixels) - plain).max())
     tolerance = manifest["golden"]["tolerance"]
     print(f"pixels   {baked['file']} differs by {largest:.3g}, tolerance {tolerance:.3g}")
     if not largest <= tolerance:

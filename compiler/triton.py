@@ -12,6 +12,8 @@ _WARM_BATCH = 8
 
 # Triton's own names for what a package can hold.
 _PLATFORMS = {".onnx": "onnxruntime_onnx", ".plan": "tensorrt_plan"}
+# Its OpenVINO backend takes an ONNX file where it is told the name.
+_OPENVINO = ('backend: "openvino"', 'default_model_filename: "model.onnx"')
 _TYPES: dict[int, str] = {
     TensorProto.FLOAT: "TYPE_FP32",
     TensorProto.FLOAT16: "TYPE_FP16",
@@ -27,6 +29,7 @@ def triton_repository(
     model: bytes,
     *,
     cpu: bool,
+    target: str = "ort",
     engine: bytes | None = None,
     batches: Sequence[int] = (),
 ) -> dict[str, bytes]:
@@ -36,13 +39,17 @@ def triton_repository(
         name: wanted name; characters that Triton or a file system refuses become `_`.
         model: the ONNX model; its inputs and outputs are those of the engine too.
         cpu: whether Triton shall run it on CPU.
+        target: what the model was built for: `openvino` is run by OpenVINO, others by ONNX Runtime.
         engine: a TensorRT plan to serve instead of the ONNX model.
         batches: batch sizes that the engine was optimized for; the largest is its limit. Empty:
             all sizes are alike.
     """
     name = repository_name(name)
     suffix, served = (".onnx", model) if engine is None else (".plan", engine)
-    config = _config(name, load_from_string(model), _PLATFORMS[suffix], cpu, sorted(batches))
+    runtime: tuple[str, ...] = (f'platform: "{_PLATFORMS[suffix]}"',)
+    if target == "openvino" and engine is None:
+        runtime = _OPENVINO
+    config = _config(name, load_from_string(model), runtime, cpu, sorted(batches))
     root = f"triton/{name}"
     return {f"{root}/config.pbtxt": config.encode(), f"{root}/1/model{suffix}": served}
 
@@ -52,7 +59,9 @@ def repository_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._-") or "model"
 
 
-def _config(name: str, model: ModelProto, platform: str, cpu: bool, batches: list[int]) -> str:
+def _config(
+    name: str, model: ModelProto, runtime: Sequence[str], cpu: bool, batches: list[int]
+) -> str:
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     outputs = list(model.graph.output)
@@ -61,7 +70,7 @@ def _config(name: str, model: ModelProto, platform: str, cpu: bool, batches: lis
     limit = (batches or [MAX_BATCH])[-1] if batched else 0
     lines = [
         f'name: "{name}"',
-        f'platform: "{platform}"',
+        *runtime,
         f"max_batch_size: {limit}",
         *_tensors("input", inputs, batched),
         *_tensors("output", outputs, batched),

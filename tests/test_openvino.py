@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 import models
 import quantized
@@ -258,3 +260,30 @@ def test_a_package_is_verified_and_timed_without_torch(package, capsys):
         assert done.returncode == 0, done.stderr
     targets = run(capsys, workspace, "targets", "--json").json["targets"]
     assert targets["openvino"]["available"]
+
+
+@needs_openvino
+def test_the_selftest_and_the_card_of_a_package_run_it_in_openvino(package, tmp_path, monkeypatch):
+    workspace, _ = package
+    folder = workspace.root / "package"
+    # No onnxruntime there: a self-test that fell back to it would fail.
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['onnxruntime'] = None")
+    done = subprocess.run(
+        [sys.executable, str(folder / "selftest.py")],
+        env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "passed   model.onnx on openvino" in done.stdout
+    assert "model.uint8.onnx differs by" in done.stdout
+    (config,) = (folder / "triton").glob("*/config.pbtxt")
+    assert 'backend: "openvino"' in config.read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "MODEL_CARD.md").read_text(), re.S)
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    namespace = {}
+    exec(code, namespace)
+    expected = target.open_runner(folder / "model.onnx", threads=1).infer(namespace["images"])
+    np.testing.assert_allclose(namespace["logits"], expected, atol=1e-5)

@@ -44,6 +44,13 @@ def test_dimensions_are_given_without_the_batch():
     }
 
 
+def test_a_model_for_openvino_is_served_by_openvino():
+    config = config_of(tiny_net().data, target="openvino")
+    assert config["backend"] == "openvino"
+    assert config["default_model_filename"] == "model.onnx"
+    assert "platform" not in config
+
+
 def warm_up(batch):
     zeros = {"data_type": "TYPE_FP32", "dims": [3, 8, 8], "zero_data": True}
     return {

@@ -24,6 +24,7 @@ MESSAGES = {
         *("name 1 string", "platform 2 string", "max_batch_size 4 int32", "input 5 *ModelInput"),
         *("output 6 *ModelOutput", "instance_group 7 *ModelInstanceGroup"),
         *("dynamic_batching 11 ModelDynamicBatching", "model_warmup 16 *ModelWarmup"),
+        *("backend 17 string", "default_model_filename 8 string"),
     ),
     "ModelInput": ("name 1 string", "data_type 2 DataType", "dims 4 *int64"),
     "ModelOutput": ("name 1 string", "data_type 2 DataType", "dims 3 *int64"),
