@@ -86,6 +86,15 @@ def open_runner(
     return Runner(model, threads or machine.cpu_count(), max_batch, precision)
 
 
+def open_half(model: Path, *, threads: int | None = None) -> tuple[str, Runner] | None:
+    """Open the float model in bfloat16 or float16, which OpenVINO takes by itself if it can."""
+    able = _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+    for name, precision in (("BF16", "bf16"), ("FP16", "f16")):
+        if name in able:
+            return name.lower(), open_runner(model, threads=threads, precision=precision)
+    return None
+
+
 def executed(model: Path, layers: Mapping[str, str]) -> dict[str, str]:
     """Return, per module path, the kernel and precision that the compiled model has for it here."""
     from dfqc.backends import _ov_census

@@ -85,6 +85,10 @@ def open_runner(
     return Runner(model, threads or machine.cpu_count(), max_batch, as_written)
 
 
+def open_half(model: Path, *, threads: int | None = None) -> None:
+    """Return None: ONNX Runtime computes convolutions in float32 on a CPU, or in integers."""
+
+
 def executed(model: Path, layers: Mapping[str, str]) -> dict[str, str]:
     """Return, per module path, the kernel that the optimized graph has for that layer here."""
     import onnx

@@ -106,6 +106,10 @@ def open_runner(model: Path, *, threads: int | None = None) -> Runner:
     return _trt_run.open_runner(model)
 
 
+def open_half(model: Path, *, threads: int | None = None) -> None:
+    """Return None: `dfqc engine` builds and times the engines, controls included."""
+
+
 def executed(model: Path, layers: Mapping[str, str]) -> Mapping[str, str]:
     """Return, per module path, the kernel and precision that the engine's inspector names."""
     from dfqc.backends import _trt_inspect, _trt_run

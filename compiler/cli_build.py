@@ -139,6 +139,11 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
             f"latency    {latency['engine']:.3f} ms, float {latency['float']:.3f} ms "
             f"({latency['speedup']:.2f} x; batch {latency['batch']}, {latency['threads']} threads)"
         )
+    if latency["half"] is not None:
+        lines.append(
+            f"           float in {latency['half_precision']} {latency['half']:.3f} ms "
+            f"({latency['half_speedup']:.2f} x of that)"
+        )
     if manifest["target_check"] is not None and not manifest["exit_code"]:
         lines += [f"note       {note}" for note in manifest["notes"][:1]]
     return lines + [

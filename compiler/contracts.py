@@ -310,6 +310,14 @@ class Backend(Protocol):
         """Open `model.onnx` (or an engine file) for inference."""
         ...
 
+    def open_half(self, model: Path, *, threads: int | None = None) -> tuple[str, Runner] | None:
+        """Open the float model in the half precision that the engine has here, and name that.
+
+        The second control of the latency: whoever has it would not serve float32. None where the
+        engine has no such kernels here.
+        """
+        ...
+
     def executed(self, model: Path, layers: Mapping[str, str]) -> Mapping[str, str]:
         """Return, per layer (module path), the kernel the optimized engine really runs.
 

@@ -214,6 +214,10 @@ def _latency(build: Build) -> dict[str, Any]:
         # The pruned model in float; null where no channels were removed.
         "pruned": times.get("pruned", {}).get("median_ms"),
         "pruned_speedup": times.get("pruned_speedup", {}).get("median"),
+        # The float model in the half precision that the engine has here; null where it has none.
+        "half": times.get("half", {}).get("median_ms"),
+        "half_precision": times.get("half_precision"),
+        "half_speedup": times.get("half_speedup", {}).get("median"),
         "speedup_best": ratio.get("best"),
         "runs": engine.get("runs"),
         "warmup": engine.get("warmup"),

@@ -98,6 +98,11 @@ def _conditions(manifest: Mapping[str, Any]) -> list[str]:
             f"{environment.get('cpu')}, runtime {environment.get('runtime')}, medians of calls "
             "that took turns with the float model's."
         )
+    if latency.get("half") is not None:
+        said.append(
+            f"In {latency['half_precision']} the float model takes "
+            f"{_unit(latency['half'], 'ms', 3)} there: {_unit(latency['half_speedup'], 'x')}."
+        )
     return [" ".join(said)] if said else []
 
 

@@ -93,13 +93,15 @@ def show_latency(manifest: Mapping[str, Any]) -> str:
     latency = lookup(manifest, "metrics", "latency_ms") or {}
     if latency.get("engine") is None:
         return "<p>Not measured.</p>"
-    names = [n for n in ("float", "pruned", "engine") if latency.get(n) is not None]
+    names = [n for n in ("float", "half", "pruned", "engine") if latency.get(n) is not None]
+    labels = [f"float {latency['half_precision']}" if n == "half" else n for n in names]
     bars = [
-        Bar(name, latency[name], f"{latency[name]:.3g} ms", latency.get(f"{name}_p90"), index)
-        for index, name in enumerate(names)
+        Bar(label, latency[name], f"{latency[name]:.3g} ms", latency.get(f"{name}_p90"), index)
+        for index, (name, label) in enumerate(zip(names, labels, strict=True))
     ]
     rows = [
-        [name, number(latency[name], 3), number(latency.get(f"{name}_p90"), 3)] for name in names
+        [label, number(latency[name], 3), number(latency.get(f"{name}_p90"), 3)]
+        for name, label in zip(names, labels, strict=True)
     ]
     note = (
         f"Batch {latency.get('batch', ABSENT)}, {latency.get('threads', ABSENT)} threads; medians "

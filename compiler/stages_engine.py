@@ -162,6 +162,9 @@ def bench(context: Context) -> dict[str, Any]:
             name: stack.enter_context(_opened(context.settings, path, threads))
             for name, path in models.items()
         }
+        half = context.settings.backend.open_half(models["float"], threads=threads)
+        if half is not None:
+            runners["half"] = stack.enter_context(contextlib.closing(half[1]))
         samples = sample(runners, random_images(image, recipe.batch))
     result: dict[str, Any] = {
         name: dataclasses.asdict(summarize(times, batch=recipe.batch, threads=threads, warmup=10))
@@ -178,6 +181,9 @@ def bench(context: Context) -> dict[str, Any]:
                 gain,
                 _BLOCK,
             )
+    if half is not None:
+        result["half_precision"] = half[0]
+        result["half_speedup"] = speedup(samples["half"], samples["engine"])
     return result | {"speedup": speedup(samples["float"], samples["engine"])}
 
 

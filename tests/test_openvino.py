@@ -226,6 +226,8 @@ def package(tmp_path_factory):
 
 @needs_openvino
 def test_a_build_is_verified_timed_and_says_its_engine(package):
+    import openvino
+
     _, done = package
     assert done.code == 0, done.err
     manifest = done.json
@@ -234,7 +236,13 @@ def test_a_build_is_verified_timed_and_says_its_engine(package):
     assert manifest["environment"]["runtime"].startswith(manifest["environment"]["openvino"])
     assert manifest["parity"]["argmax_agreement"] == 100
     assert all(row["executed"].endswith("(int8)") for row in manifest["layers"])
-    assert manifest["metrics"]["latency_ms"]["engine"] > 0
+    latency = manifest["metrics"]["latency_ms"]
+    assert latency["engine"] > 0
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert latency["half_precision"] == next(
+        (p.lower() for p in ("BF16", "FP16") if p in able), None
+    )
+    assert (latency["half"] or 1) > 0 < (latency["half_speedup"] or 1)
     assert manifest["preprocessing"]["baked"]["passed"]
 
 
@@ -287,3 +295,16 @@ def test_the_selftest_and_the_card_of_a_package_run_it_in_openvino(package, tmp_
     exec(code, namespace)
     expected = target.open_runner(folder / "model.onnx", threads=1).infer(namespace["images"])
     np.testing.assert_allclose(namespace["logits"], expected, atol=1e-5)
+
+
+@needs_openvino
+def test_the_half_precision_control_is_no_float32(tmp_path):
+    path = tmp_path / "float.onnx"
+    path.write_bytes(target.lower_float(quantized.folded("residual")))
+    half = target.open_half(path, threads=1)
+    if half is None:
+        pytest.skip("this processor has no half-precision kernels in OpenVINO")
+    images = IMAGES.numpy()
+    exact = target.open_runner(path, threads=1).infer(images)
+    error = np.abs(half[1].infer(images) - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 0.1
