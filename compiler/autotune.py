@@ -1,10 +1,11 @@
 """Which layers run faster in float than quantized: a plan and a stopwatch in, a mixed plan out.
 
 A layer's own kernel does not tell: left in float it may need another conversion on either side, or
-spare one. So whole engines are timed, side by side with the best so far: first with all layers of a
-kind in float (depthwise ones, those that read few channels), then with the layers of one block, and
-what makes the engine clearly faster stays. The codes do not matter for that: the engines that are
-timed are rounded to nearest on noise.
+spare one. So whole engines are timed, side by side with the best so far: first with all layers of
+a kind in float (depthwise ones, those that read few channels), then with the layers of one block,
+and what makes the engine clearly faster stays. Of what went together every layer is then tried
+quantized again, alone: it is four times as small, so it comes back where that costs no time. The
+codes do not matter for that: the engines that are timed are rounded to nearest on noise.
 """
 
 from __future__ import annotations
@@ -62,22 +63,81 @@ def autotune(
         seconds: after which no further engine is tried.
         progress: called per engine.
     """
-    start, trials = time.monotonic(), list[Trial]()
+    tuner = _Tuner(graph, plan, target, stopwatch, seconds)
     groups = list_groups(graph, plan)
     for number, (what, names) in enumerate(groups):
-        if seconds is not None and time.monotonic() - start > seconds:
-            log.warning("autotune: %d of %d engines tried in %.0f s", number, len(groups), seconds)
+        if tuner.is_late(number, len(groups)):
             break
-        left = tuple(name for name in names if plan.layers[name].weight is not None)
-        if left:
-            other = leave_float(graph, target, plan, left, REASON)
-            times = stopwatch({"now": plan, "other": other})
-            gain = speedup(times["now"], times["other"])
-            kept = min(gain["median"], gain["best"]) >= GAIN
-            trials.append(Trial(what, left, gain["median"], gain["best"], kept))
-            plan = other if kept else plan
+        tuner.try_float(what, names)
         progress(number + 1, len(groups), what)
-    return plan, trials
+    together = [name for t in tuner.trials if t.kept and len(t.layers) > 1 for name in t.layers]
+    for number, name in enumerate(together):
+        if tuner.is_late(number, len(together)):
+            break
+        tuner.try_back(name)
+        progress(number + 1, len(together), name)
+    return tuner.plan(), tuner.trials
+
+
+class _Tuner:
+    """Layers that are in float so far, and the engines that were timed to find them."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        whole: Plan,
+        target: TargetSpec,
+        stopwatch: Stopwatch,
+        seconds: float | None,
+    ) -> None:
+        self.graph, self.whole, self.target = graph, whole, target
+        self.stopwatch = stopwatch
+        self.seconds, self.start = seconds, time.monotonic()
+        self.left: tuple[str, ...] = ()
+        self.fastest = whole
+        self.trials: list[Trial] = []
+
+    def plan(self, left: Sequence[str] | None = None) -> Plan:
+        """Return the plan with these layers in float, by default those found so far."""
+        names = self.left if left is None else left
+        if not names:
+            return self.whole
+        return leave_float(self.graph, self.target, self.whole, names, REASON)
+
+    def is_late(self, number: int, count: int) -> bool:
+        """Report whether the time is over, and say what that leaves out."""
+        late = self.seconds is not None and time.monotonic() - self.start > self.seconds
+        if late:
+            log.warning("autotune: %d of %d engines tried in %.0f s", number, count, self.seconds)
+        return late
+
+    def try_float(self, what: str, names: Sequence[str]) -> None:
+        """Leave layers in float if that is clearly faster than the fastest engine so far."""
+        more = tuple(n for n in names if n not in self.left and self.whole.layers[n].weight)
+        if not more:
+            return
+        other = self.plan((*self.left, *more))
+        gain = self._time(other)
+        kept = min(gain.values()) >= GAIN
+        self.trials.append(Trial(what, more, gain["median"], gain["best"], kept))
+        if kept:
+            self.left, self.fastest = (*self.left, *more), other
+
+    def try_back(self, name: str) -> None:
+        """Quantize a layer again unless that is clearly slower than the fastest engine.
+
+        Not than the last one: what several layers cost adds up.
+        """
+        fewer = tuple(n for n in self.left if n != name)
+        gain = self._time(self.plan(fewer))
+        kept = max(gain.values()) > 1 / GAIN
+        what = f"{name}, quantized again"
+        self.trials.append(Trial(what, (name,), gain["median"], gain["best"], kept))
+        self.left = fewer if kept else self.left
+
+    def _time(self, other: Plan) -> Mapping[str, float]:
+        times = self.stopwatch({"now": self.fastest, "other": other})
+        return speedup(times["now"], times["other"])
 
 
 def list_groups(graph: Graph, plan: Plan) -> list[tuple[str, tuple[str, ...]]]:

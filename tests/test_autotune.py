@@ -58,6 +58,40 @@ def test_what_is_slow_goes_to_float_and_nothing_else():
     assert [trial.what for trial in trials if trial.kept] == ["depthwise convolutions"]
 
 
+def test_a_layer_of_a_group_that_does_not_need_float_is_quantized_again():
+    graph, plan = planned("residual")
+    slow, *free = group = dict(list_groups(graph, plan))["convolutions of few channels"]
+    assert len(free) > 1
+
+    def cost(name, quantized):
+        if name in free:  # costs less than noise when quantized
+            return 0.01 if quantized else 0.0
+        return (3.0 if quantized else 1.0) if name == slow else (1.0 if quantized else 3.0)
+
+    chosen, trials = autotune(graph, plan, ort.TARGET, stopwatch(cost))
+    assert [n for n, layer in chosen.layers.items() if layer.weight is None] == [slow]
+    again = [(t.layers, t.kept) for t in trials if t.what.endswith("again")]
+    assert again == [((name,), name != slow) for name in group]
+
+
+def test_many_small_losses_do_not_add_up():
+    graph, plan = planned("residual")
+    group = dict(list_groups(graph, plan))["convolutions of few channels"]
+    loss = 0.6 * (GAIN - 1) * 100  # one is noise, two are not
+
+    def cost(name, quantized):
+        return loss if name in group and quantized else 0.0
+
+    def measure(plans):
+        # In the beginning the whole group is far slower than it is alone.
+        times = stopwatch(cost, 100.0)(plans)
+        slow = {n for n, p in plans.items() if all(p.layers[g].weight for g in group)}
+        return {n: t + 50 * (n in slow) for n, t in times.items()}
+
+    chosen, _ = autotune(graph, plan, ort.TARGET, measure)
+    assert sum(chosen.layers[name].weight is not None for name in group) == 1
+
+
 def test_a_gain_that_may_be_noise_changes_nothing():
     graph, plan = planned("residual")
     total = 100.0
