@@ -16,7 +16,7 @@ from reconstruction import METHODS
 
 OTHERS = ("reconstruction_speed",)  # against the published loop, of an earlier commit
 LEGEND = (
-    "Drops of top-1 in points, by the simulation; from the tables `reconstruction_*.md` here, which "
+    "Drops of top-1 in points, by the simulation; from the tables `reconstruction_*.md`, which "
     "have the commands, agreement, seconds and memory. Ends `w8a8`: 8-bit first and last layer; "
     "`same`: k bits everywhere. Bold: the smallest drop of the line. Empty: not run."
 )
