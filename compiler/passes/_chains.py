@@ -7,7 +7,7 @@ pooling, flattening.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,16 +33,21 @@ from dfqc.compiler.placement import CAT, GRID_PRESERVING
 
 _aten = torch.ops.aten
 Covariance = Callable[[Lag], Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Nodes between `producer` and `user` (module paths), in the order they run."""
+    """Nodes between `producer` and `user` (module paths), in the order they run.
+
+    `offsets` says at which channel of each node the producer's begin: behind a concat not at 0.
+    """
 
     producer: str
     user: str
     nodes: tuple[fx.Node, ...]
+    offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Rows:
         chosen = values if self.keep is None else values[self.keep.to(values.device)]
         return chosen.detach().cpu().double()
 
+    def pick_among(self, values: Tensor, offset: int, size: int) -> Tensor:
+        """Return what belongs to the channels, `size` in all, that begin at `offset`."""
+        return self.pick(values[offset : offset + size])
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -67,12 +76,18 @@ class Signal:
     covariance: Covariance
 
 
-def find_chain(graph: Graph, producer: str, user: str) -> Chain | None:
-    """Return the chain between two layers, None if there is none or it mixes channels."""
+def find_chain(graph: Graph, shapes: Shapes, producer: str, user: str) -> Chain | None:
+    """Return the chain between two layers, None if there is none or it mixes channels.
+
+    `shapes` are `node_shapes` of the graph.
+    """
     nodes = dict(layer_nodes(graph))
     start, node = nodes[producer], nodes[user]
-    path = _walk_back(graph, node.args[0], start)
-    return None if path is None else Chain(producer, user, tuple(reversed(path)))
+    path = _walk_back(graph, shapes, node.args[0], start)
+    if path is None:
+        return None
+    links, _ = path
+    return Chain(producer, user, tuple(n for n, _ in links), tuple(o for _, o in links))
 
 
 def follow_chain(
@@ -89,25 +104,47 @@ def follow_chain(
         model: how the producer's input correlates.
     """
     signal = _start(chain, rows, source, model)
-    for node in chain.nodes:
-        signal = _step(node, rows, signal)
+    size = len(cast(Tensor, rows[0].graph.module.get_submodule(chain.producer).weight))
+    for node, offset in zip(chain.nodes, chain.offsets, strict=True):
+        signal = _step(node, rows, signal, (offset, size))
     return signal
 
 
-def _walk_back(graph: Graph, node: Any, start: fx.Node) -> list[fx.Node] | None:
-    """Return the nodes from `node` back to the one behind `start`."""
+def _walk_back(
+    graph: Graph, shapes: Shapes, node: Any, start: fx.Node
+) -> tuple[list[tuple[fx.Node, int]], int] | None:
+    """Return the nodes from behind `start` to `node`, and where the channels begin in `node`.
+
+    Each node comes with the place where they begin in it.
+    """
     if node is start:
-        return []
+        return [], 0
     if not isinstance(node, fx.Node):
         return None
     if node.target is CAT:
-        parts = cast("list[fx.Node]", node.args[0])
-        ways = [_walk_back(graph, part, start) for part in parts]
-        return next((way for way in ways if way is not None), None)
+        before = 0
+        for part in cast("list[fx.Node]", node.args[0]):
+            way = _walk_back(graph, shapes, part, start)
+            if way is not None:
+                return way[0], before + way[1]
+            before += shapes[part.name][1]
+        return None
     if not _keeps_channels_apart(graph, node):
         return None
-    rest = _walk_back(graph, node.args[0], start)
-    return None if rest is None else [node, *rest]
+    before_it = cast(fx.Node, node.args[0])
+    way = _walk_back(graph, shapes, before_it, start)
+    if way is None:
+        return None
+    links, offset = way
+    # A flatten makes several features of each channel. Parameters of such are not followed.
+    spread = shapes[node.name][1] // shapes[before_it.name][1]
+    if node.op == "call_module" and any(_spreads(shapes, link) for link, _ in links):
+        return None
+    return [*links, (node, offset)], offset * spread
+
+
+def _spreads(shapes: Shapes, node: fx.Node) -> bool:
+    return shapes[node.name][1] != shapes[cast(fx.Node, node.args[0]).name][1]
 
 
 def _keeps_channels_apart(graph: Graph, node: fx.Node) -> bool:
@@ -183,13 +220,13 @@ def _per_channel(layer: nn.Module, value: Tensor) -> Tensor:
     return value.mean((0, 2, 3))
 
 
-def _step(node: fx.Node, rows: tuple[Rows, ...], signal: Signal) -> Signal:
-    """Return the channels behind one node of a chain."""
+def _step(node: fx.Node, rows: tuple[Rows, ...], signal: Signal, place: tuple[int, int]) -> Signal:
+    """Return the channels behind one node of a chain; they begin, so many, at `place` of it."""
     if node.op == "call_module":
         modules = [row.graph.module.get_submodule(str(node.target)) for row in rows]
         if isinstance(modules[0], nn.Conv2d):
-            return _depthwise(cast("list[nn.Conv2d]", modules), rows, signal)
-        return _normalize(cast("list[nn.BatchNorm2d]", modules), rows, signal)
+            return _depthwise(cast("list[nn.Conv2d]", modules), rows, signal, place)
+        return _normalize(cast("list[nn.BatchNorm2d]", modules), rows, signal, place)
     args = tuple(node.args[1:])
     if is_known_activation(node.target, args):
         return _activate(node.target, args, signal)
@@ -204,14 +241,16 @@ def _step(node: fx.Node, rows: tuple[Rows, ...], signal: Signal) -> Signal:
     return signal
 
 
-def _normalize(modules: list[nn.BatchNorm2d], rows: tuple[Rows, ...], signal: Signal) -> Signal:
+def _normalize(
+    modules: list[nn.BatchNorm2d], rows: tuple[Rows, ...], signal: Signal, place: tuple[int, int]
+) -> Signal:
     ones = [torch.ones(m.num_features) for m in modules]
     gamma = torch.cat(
-        [r.pick(o if m.weight is None else m.weight)
+        [r.pick_among(o if m.weight is None else m.weight, *place)
          for r, m, o in zip(rows, modules, ones, strict=True)]
     )  # fmt: skip
     beta = torch.cat(
-        [r.pick(torch.zeros_like(o) if m.bias is None else m.bias)
+        [r.pick_among(torch.zeros_like(o) if m.bias is None else m.bias, *place)
          for r, m, o in zip(rows, modules, ones, strict=True)]
     )  # fmt: skip
     factor = gamma / signal.var.clamp_min(SMALLEST).sqrt()
@@ -232,12 +271,13 @@ def _activate(target: Any, args: tuple[Any, ...], signal: Signal) -> Signal:
     return Signal(moments.mean, moments.var, _remember(covariance))
 
 
-def _depthwise(modules: list[nn.Conv2d], rows: tuple[Rows, ...], signal: Signal) -> Signal:
+def _depthwise(
+    modules: list[nn.Conv2d], rows: tuple[Rows, ...], signal: Signal, place: tuple[int, int]
+) -> Signal:
     first = modules[0]
-    weight = torch.cat([r.pick(m.weight[:, 0]) for r, m in zip(rows, modules, strict=True)])
-    bias = torch.cat(
-        [r.pick(bias_or_zero(m, m.out_channels)) for r, m in zip(rows, modules, strict=True)]
-    )
+    pairs = list(zip(rows, modules, strict=True))
+    weight = torch.cat([r.pick_among(m.weight[:, 0], *place) for r, m in pairs])
+    bias = torch.cat([r.pick_among(bias_or_zero(m, m.out_channels), *place) for r, m in pairs])
     stride, dilation = pair(first.stride), pair(first.dilation)
 
     def covariance(lag: Lag) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dfqc.compiler.channels import Group, Use, find_groups, remove
 from dfqc.compiler.covariance import InputModel
-from dfqc.compiler.graph import Graph, copy_graph, layer_nodes
+from dfqc.compiler.graph import Graph, copy_graph, layer_nodes, node_shapes
 from dfqc.compiler.moments import Moments, input_moments
 from dfqc.compiler.passes import _restoration as forms
 from dfqc.compiler.passes._chains import Chain, Rows, find_chain, follow_chain
@@ -104,7 +104,7 @@ class Restorer:
         # left out: under an input model of independent channels a restored weight would look
         # unlike the original, although that is what it restores.
         self.noisy = graph if round_layer is None else copy_graph(graph)
-        self.inputs = input_moments(graph)
+        self.inputs, self.shapes = input_moments(graph), node_shapes(graph)
         self.uses: dict[str, list[tuple[Group, Use]]] = defaultdict(list)
         self.skipped: list[str] = []
         self.makers: dict[str, Group] = {}
@@ -224,19 +224,22 @@ class Restorer:
         producer = self.original.module.get_submodule(group.producers[0])
         if not isinstance(producer, (nn.Conv2d, nn.Linear)):
             return None
-        return find_chain(self.original, group.producers[0], user)
+        return find_chain(self.original, self.shapes, group.producers[0], user)
 
     def _is_changed(self, chain: Chain, keep: Tensor) -> bool:
         """Report whether the channels that stay are made by other weights than they were."""
         if self.noisy is self.original:
             return False
-        paths = [chain.producer, *(str(n.target) for n in chain.nodes if n.op == "call_module")]
+        calls = [
+            n for n in zip(chain.nodes, chain.offsets, strict=True) if n[0].op == "call_module"
+        ]
+        paths = [(chain.producer, 0), *((str(node.target), offset) for node, offset in calls)]
         return any(
             not torch.equal(
-                cast(Tensor, self.original.module.get_submodule(p).weight)[keep],
-                cast(Tensor, self.noisy.module.get_submodule(p).weight)[keep],
+                cast(Tensor, self.original.module.get_submodule(p).weight)[keep + offset],
+                cast(Tensor, self.noisy.module.get_submodule(p).weight)[keep + offset],
             )
-            for p in paths
+            for p, offset in paths
             if isinstance(self.original.module.get_submodule(p), (nn.Conv2d, nn.Linear))
         )
 
