@@ -241,7 +241,9 @@ def _through_function(target: Any, args: Any, kwargs: Any) -> Any:
     if any(isinstance(a, Moments) or a is None for a in _leaves(rest)):
         gate = rest[0] if rest else None
         if target is _aten.mul.Tensor and isinstance(gate, Moments):
-            # A squeeze-excite gate: nearly constant beside what it scales.
+            # A squeeze-excite gate: nearly constant beside what it scales, on either side of it.
+            if value.mean.numel() < gate.mean.numel():
+                value, gate = gate, value
             return Moments(value.mean * gate.mean, value.var * gate.mean**2)
         if any(isinstance(a, Moments) for a in _leaves(rest)):
             return None

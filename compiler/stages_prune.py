@@ -214,9 +214,9 @@ def unfolded_graph(context: Context) -> Graph:
 
 
 def unpruned(context: Context) -> Pruned | None:
-    """Return what was pruned, for quantizers that restore by themselves."""
-    keep = context.value("prune").keep
-    return Pruned(context.value("equalize"), keep) if keep else None
+    """Return the original of what was pruned or made sparse: what is to be reproduced."""
+    cut: Cut = context.value("prune")
+    return Pruned(context.value("equalize"), cut.keep) if cut.keep or cut.masks else None
 
 
 def export_pruned(context: Context) -> bytes | None:

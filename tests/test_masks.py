@@ -119,6 +119,30 @@ def test_offsets_per_channel_hold_zero():
     check(state, masks)
 
 
+def test_what_is_learned_is_the_original_and_not_the_sparse_network():
+    whole, (graph, masks) = quantized.traced("residual"), sparse("residual", "unstructured")
+    images = models.images(64, seed=3)
+    with torch.no_grad():
+        wanted = whole.module(images)
+    errors = []
+    for unpruned in (None, Pruned(whole, {})):
+        state = run(
+            *(graph, "reconstruct", "w8a8"),
+            unpruned=unpruned,
+            iterations=40,
+            lr_bias=1e-2,
+            batch_size=8,
+            skip_wide=False,
+            tune_iterations=20,
+            keep_best=False,
+        )
+        check(state, masks)
+        with torch.no_grad():
+            found = simulated(graph, state, integer=False).module(images)
+        errors.append(float((found - wanted).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_joint_closed_form_puts_back_what_masks_took_from_the_mean():
     """One layer on the images that the moments suppose; its original has no masks."""
     whole, (graph, masks) = quantized.traced("plain"), sparse("plain", "unstructured")

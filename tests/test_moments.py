@@ -14,6 +14,7 @@ from dfqc.compiler.moments import (
     clipped_moments,
     expected_inputs,
     folded_inputs,
+    input_moments,
     leaky_relu_moments,
     relu_moments,
     smooth_moments,
@@ -228,20 +229,29 @@ def test_the_mean_image_is_in_the_middle_of_natural_ones():
     torch.testing.assert_close(first[0, :, 3, 5], torch.tensor(expected).double())
 
 
-def test_a_gate_scales_the_mean():
+def test_a_gate_scales_the_moments_on_either_side():
     class Gated(nn.Module):
-        def __init__(self):
+        def __init__(self, *, gate_first):
             super().__init__()
+            self.gate_first = gate_first
             self.stem = models.conv_bn(1, 6, 1)
             self.gate = nn.Conv2d(6, 6, 1)
             self.last = nn.Conv2d(6, 4, 1)
 
         def forward(self, x):
             x = F.relu(self.stem(x))
-            return self.last(x * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(x, 1))))
+            gate = torch.sigmoid(self.gate(F.adaptive_avg_pool2d(x, 1)))
+            return self.last(gate * x if self.gate_first else x * gate)
 
-    # The gate of one image is not constant, which the walker takes it for.
-    check_means(traced(Gated()), 2e-2)
+    found = []
+    for gate_first in (False, True):
+        torch.manual_seed(0)
+        graph = traced(Gated(gate_first=gate_first))
+        # The gate of one image is not constant, which the walker takes it for.
+        check_means(graph, 2e-2)
+        found.append(input_moments(graph)["last"].var)
+    torch.testing.assert_close(found[0], found[1])
+    assert float(found[0].min()) > 1e-3
 
 
 def test_a_layer_that_took_in_a_norm_reads_what_the_norm_read():

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from onnx import numpy_helper
 
 import models
 from command import QUICK, Workspace, build, labelled_by_float, run, stored_stages
+from dfqc.compiler import stages_prune
 from dfqc.compiler.channels import find_groups
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import count_macs, count_params, layer_nodes
@@ -292,3 +294,19 @@ def test_pruning_that_saves_no_time_is_said(shared, capsys, monkeypatch, caplog,
     given = ("--prune", "0.6", "--quantizer", "rtn", "--seed", int(10 * gain))  # nothing stored
     build(capsys, shared, *given, output=f"gain{gain}")
     assert ("try --channel-multiple 16" in caplog.text) == warned
+
+
+def test_the_original_of_a_sparse_network_is_what_is_to_be_reproduced():
+    original, mask = models.trace_tiny("plain"), {"stem.0": torch.ones(1, dtype=torch.bool)}
+    cuts = {
+        "nothing": stages_prune.Cut(),
+        "channels": stages_prune.Cut(original, {"stem.0": torch.arange(3)}),
+        "zeros": stages_prune.Cut(original, {}, mask),
+    }
+    for name, cut in cuts.items():
+        values = {"prune": cut, "equalize": original}
+        found = stages_prune.unpruned(SimpleNamespace(value=values.__getitem__))
+        if name == "nothing":
+            assert found is None
+        else:
+            assert (found.graph, found.keep) == (original, cut.keep)
