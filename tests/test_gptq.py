@@ -7,7 +7,7 @@ import quantized
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import CalibSet, QuantizerSupplies
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.graph import copy_graph
+from dfqc.compiler.graph import copy_graph, layer_nodes
 from dfqc.compiler.quantize import gptq, rtn
 from dfqc.compiler.quantize._hessian import measure_moments
 from dfqc.compiler.simulate import simulated
@@ -204,3 +204,28 @@ def test_progress_counts_the_layers():
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         gptq.Options(**wrong)
+
+
+def test_a_hessian_that_does_not_fit_is_not_made_and_the_layer_is_named():
+    graph = quantized.folded("residual")
+    plan = quantized.plan(graph, "w4a8")
+    sizes = {n: gptq.hessian_bytes(graph.module.get_submodule(n)) for n in plan.layers}
+    largest = max(sizes.values())
+    assert 0 < sum(size == largest for size in sizes.values()) < len(sizes)
+    state = gptq.quantize(
+        *(graph, quantized.calib(), plan, gptq.Options()),
+        rng=torch.Generator(),
+        device=torch.device("cpu"),
+        supplies=QuantizerSupplies(memory_bytes=2 * largest - 2),
+    )
+    wanted = [name for name, size in sizes.items() if size == largest]
+    assert state.info["rounded_to_nearest"] == wanted
+    nearest = quantized.quantize(graph, plan)
+    assert torch.equal(state.weights[wanted[0]].codes, nearest.weights[wanted[0]].codes)
+
+
+def test_the_largest_hessian_is_counted():
+    graph = quantized.folded("residual")
+    layers = [graph.module.get_submodule(name) for name, _ in layer_nodes(graph)]
+    largest = max(gptq.hessian_bytes(layer) for layer in layers)
+    assert gptq.count_bytes(gptq.Options(), graph, 1) >= largest > 0

@@ -8,6 +8,7 @@ from dfqc.compiler import plugins
 from dfqc.compiler.contracts import QuantizerSupplies
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import reconstruct
 from dfqc.compiler.quantize._choice import judging_parts
 from dfqc.compiler.quantize.reconstruct import Options
@@ -233,3 +234,21 @@ def test_max_is_as_published(name):
     assert (options.start, options.batch_size, options.lr_bias) == ("nearest", 32, 0.0)
     assert (options.rounding, options.step_share, options.least_layers) == ("soft", 0.0, 1)
     assert not options.relative
+
+
+def test_a_network_with_one_number_per_image_is_reconstructed():
+    net = torch.nn.Sequential(
+        *models.conv_bn(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(4 * 14 * 14, 1), torch.nn.Flatten(0),
+    )  # fmt: skip
+    models.randomize_norms(net)
+    unfolded = models.trace_module(net)
+    graph = fold(unfolded)
+    assert graph.module(models.images(3)).shape == (3,)
+    state = reconstruct.quantize(
+        *(graph, quantized.calib(), quantized.plan(graph, "w4a4"), Options(**FEW)),
+        rng=torch.Generator().manual_seed(0),
+        device=CPU,
+        supplies=QuantizerSupplies(unfolded=unfolded, held_out=HELD_OUT),
+    )
+    assert simulated(graph, state, integer=False).module(HELD_OUT).isfinite().all()

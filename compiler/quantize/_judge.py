@@ -30,8 +30,9 @@ def output_error(
     with torch.no_grad():
         for start in range(0, len(inputs), batch):
             rows = slice(start, start + batch)
-            wanted = target.read(rows, device).flatten(1)
-            found = function(inputs.read(rows, device)).flatten(1)
+            wanted = target.read(rows, device)
+            wanted = wanted.reshape(len(wanted), -1)  # one number per image is a row too
+            found = function(inputs.read(rows, device)).reshape(len(wanted), -1)
             noise = (found - wanted).square().sum(1)
             relative = (noise / wanted.square().sum(1).clamp_min(1e-12)).double()
             total += relative.clamp_min(_NO_ERROR).log().sum()

@@ -167,7 +167,9 @@ def _loss(
         difference = difference * data.weighting.read(index, target.device)
     square = options.norm == 2
     error = difference.square() if square else difference.abs().pow(options.norm)
-    loss = options.error_weight * error.sum(1).mean()
+    if error.ndim > 1:  # of channels: tokens have theirs last; one number per image has none
+        error = error.sum(-1 if error.ndim == 3 else 1)
+    loss = options.error_weight * error.mean()
     return loss if penalty is None else loss + penalty(output, index)
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from pydantic import ConfigDict, Field
@@ -36,7 +36,7 @@ from dfqc.compiler.contracts import (
     silent,
 )
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.graph import Graph
+from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import Moments, folded_moments
 from dfqc.compiler.quantize import rtn
 from dfqc.compiler.quantize._columns import (
@@ -56,7 +56,8 @@ from dfqc.compiler.quantize._hessian import (
 from dfqc.compiler.quantize._walk import Walk, live_bytes
 from dfqc.compiler.spec import LayerPlan, Plan
 
-MEMORY_BYTES = 4 << 30  # where nobody set a limit
+MEMORY_BYTES = 4 << 30  # of images, where nobody set a limit
+HESSIAN_BYTES = 8 << 30  # of a layer's Hessian, likewise: up to 10,000 weights per channel
 
 
 class Options(rtn.Options):
@@ -76,6 +77,7 @@ class Options(rtn.Options):
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+_MATRICES = 9  # float64 of the Hessian's size, at once: moments, factors and what they are made of
 _SOLVING = 6.0  # of gathering moments and rounding, in passes of the images that are walked
 
 
@@ -85,8 +87,27 @@ def count_passes(options: Options, samples: int) -> float:
 
 
 def count_bytes(options: Options, graph: Graph, samples: int) -> int:
-    """Return what is kept: the live activations of the images that are walked, in both lanes."""
-    return min(MEMORY_BYTES, min(options.images, samples) * 2 * live_bytes(graph))
+    """Return what is kept: the walked images' live activations in both lanes, and a Hessian's."""
+    layers = [graph.module.get_submodule(name) for name, _ in layer_nodes(graph)]
+    room = hessian_room(None)
+    largest = max((size for size in map(hessian_bytes, layers) if size <= room), default=0)
+    return min(MEMORY_BYTES, min(options.images, samples) * 2 * live_bytes(graph)) + largest
+
+
+def hessian_bytes(module: nn.Module) -> int:
+    """Return what rounding a layer by its Hessian takes, counting every matrix of that size."""
+    if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return 0
+    groups, dim = group_shape(module)
+    return _MATRICES * 8 * groups * dim**2
+
+
+def hessian_room(memory_bytes: int | None) -> int:
+    """Return what one layer's Hessian may take: half of the limit.
+
+    Without a limit a constant: what is built must not depend on the machine.
+    """
+    return memory_bytes // 2 if memory_bytes else HESSIAN_BYTES
 
 
 def quantize(
@@ -124,13 +145,14 @@ def quantize(
     deadline = None if supplies.seconds is None else start + supplies.seconds
     graph.module.to(device)
     acts = rtn.activation_grids(graph, calib, plan, options, device=device, progress=progress)
-    rounder = _Rounder(graph, plan, acts, options, progress)
+    room = hessian_room(supplies.memory_bytes)
+    rounder = _Rounder(graph, plan, acts, options, progress, room)
     if options.hessian == "bn":
         if supplies.unfolded is None:
             raise UsageError("gptq: hessian=bn needs the model with its batch norms, got none")
         rounder.round_from(folded_moments(supplies.unfolded, graph), device, deadline)
     else:
-        rounder.round_along(calib.images, device, deadline, supplies.memory_bytes or MEMORY_BYTES)
+        rounder.round_along(calib.images, device, deadline, supplies.memory_bytes)
     return rounder.state()
 
 
@@ -143,6 +165,7 @@ class _Rounder:
     acts: Mapping[str, QParams]
     options: Options
     progress: Progress
+    room: int  # bytes that a layer's Hessian may take; others are rounded to nearest
     weights: dict[str, QTensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     unmeasured: list[str] = field(default_factory=list)
@@ -155,7 +178,7 @@ class _Rounder:
             module = self.graph.module.get_submodule(layer.name)
             if deadline is not None and time.monotonic() > deadline:
                 return
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and layer.name in known:
+            if self._can_measure(module) and layer.name in known:
                 input_ = known[layer.name]
                 moved = Moments(input_.mean.to(device), input_.var.to(device))
                 self._round(
@@ -165,7 +188,7 @@ class _Rounder:
                 self._round_nearest(layer, module)
 
     def round_along(
-        self, images: Tensor, device: torch.device, deadline: float | None, memory: int
+        self, images: Tensor, device: torch.device, deadline: float | None, memory: int | None
     ) -> None:
         """Round every layer on its inputs in the network quantized so far."""
         options = self.options
@@ -207,7 +230,7 @@ class _Rounder:
         The bias is for the walk only: correcting it for good is a later stage.
         """
         bias = rtn.layer_bias(module)
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        if not self._can_measure(module):
             self._round_nearest(layer, module)
             return self._real(layer), bias
         moments = measure_moments(module, quantized, floats, limit=self.options.patches)
@@ -242,15 +265,20 @@ class _Rounder:
     def _planned(self) -> list[LayerPlan]:
         return [layer for layer in self.plan.layers.values() if layer.weight is not None]
 
-    def _count_fitting(self, per_image: int, memory: int) -> int:
+    def _count_fitting(self, per_image: int, memory: int | None) -> int:
         """Return how many images may be held; half the memory is for the model and the runtime.
 
-        The largest layer keeps five matrices of the size of its Hessian.
+        The largest layer that is measured keeps its Hessian beside them.
         """
         modules = [self.graph.module.get_submodule(layer.name) for layer in self._planned()]
-        shapes = [group_shape(m) for m in modules if isinstance(m, (nn.Conv2d, nn.Linear))]
-        largest = max((groups * dim**2 for groups, dim in shapes), default=0)
-        return max(1, (memory // 2 - 5 * 8 * largest) // max(1, per_image))
+        largest = max((hessian_bytes(m) for m in modules if self._can_measure(m)), default=0)
+        room = memory // 2 - largest if memory else MEMORY_BYTES // 2
+        return max(1, room // max(1, per_image))
+
+    def _can_measure(self, module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+        """Report whether a layer has a Hessian that fits."""
+        known = isinstance(module, (nn.Conv2d, nn.Linear))
+        return known and hessian_bytes(module) <= self.room
 
 
 def round_weight(
