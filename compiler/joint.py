@@ -26,7 +26,7 @@ from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.spec import Plan
 from dfqc.compiler.units import format_size
 
-PARTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # that are tried, of what is shared out
+PARTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85)  # that are tried, of what is shared out
 _NAMES = {"bytes": "--size", "params": "--params", "macs": "--macs"}
 _UNITS = {"bytes": "bytes", "params": "parameters", "macs": "multiply-adds"}
 
@@ -150,8 +150,8 @@ def _explain(points: Sequence[Point], limits: Mapping[str, int]) -> str:
             read = f"{reached:,} ({_describe(least)}"
             read += f", {format_size(reached)})" if cost == "bytes" else ")"
             return (
-                f"{_NAMES[cost]}: {limit:,} {_UNITS[cost]} are less than the least that pruning "
-                f"and few bits reach together, {read}; ask for more, or allow --prune-residual"
+                f"{_NAMES[cost]}: {limit:,} {_UNITS[cost]} are less than the least of what was "
+                f"tried, {read}; ask for more, or allow --prune-residual"
             )
     least = min(points, key=lambda p: max(getattr(p, c) / limits[c] for c in limits))
     asked = " and ".join(f"{_NAMES[cost]} ({limit:,})" for cost, limit in limits.items())
