@@ -202,6 +202,7 @@ def test_a_plan_shows_channels_and_work(shared, capsys):
         (("--prune", "0.3", "--quantizer", "udfc", "--equalize", "cle"), "leave --equalize out"),
         (("--prune", "0.3", "--quantizer", "udfc", "--sparsity", "2:4"), "fill the zeros"),
         (("--quantizer", "udfc", "--bias-correction", "analytic"), "would count twice"),
+        ((*UDFC, "--restore", "lbyl", "--quantizer-option", "compensate=users"), "patches or mom"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(shared, capsys, given, text):

@@ -110,6 +110,25 @@ def test_every_part_keeps_to_the_plan(compensate, rounding):
         assert simulated(cut, state, integer=False).module(models.images()).isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["none", "merging", "lbyl", "weights"])
+def test_a_fit_to_rounded_channels_that_would_change_nothing_is_refused(method):
+    said = f"compensate=users with method {method}.*--restore patches or moments"
+    with pytest.raises(UsageError, match=said):
+        udfc.Options(method=method, compensate="users")
+    assert udfc.Options(method=method, compensate="scales").compensate == "scales"
+
+
+@pytest.mark.parametrize("method", ["moments", "patches"])
+def test_a_fit_to_rounded_channels_changes_codes(method):
+    graph = models.trace_tiny("depthwise")
+    supplies = QuantizerSupplies(unfolded=graph)
+    alone, fitted = (
+        run(fold(graph), supplies, Bits(4, 32), method=method, compensate=way).weights
+        for way in ("none", "users")
+    )
+    assert any(not torch.equal(alone[name].codes, fitted[name].codes) for name in alone)
+
+
 def test_mean_of_rounded_outputs_is_put_back():
     """One layer on the images that the moments suppose: the mean error of rounding goes."""
     graph = models.trace_tiny("plain")
