@@ -189,6 +189,8 @@ def test_a_plan_shows_channels_and_work(shared, capsys):
         (("--prune", "0.3", "--macs", "0.5"), "--prune and --macs both say how much"),
         (("--prune", "0.01"), "no layer loses a channel"),
         (("--params", "0.01"), "expected at least 0"),
+        (("--params", "1.0"), "the model keeps --params 1 as it is; ask for less"),
+        (("--prune-layer", "conv1=0.5"), "conv1: channels of a residual sum"),
         (("--prune-by", "error"), "give --prune"),
         (("--prune-layer", "layer1.conv1"), "expected GLOB=PART"),
         (("--prune-layer", "layre*=0.5"), "matches no layer"),
