@@ -215,7 +215,12 @@ class _Rounder:
                     least = rtn.smallest_weight_scale(bias, acts[layer.input].scale)
                     weight = dataclasses.replace(weight, scale=weight.scale.maximum(least))
             weights[layer.name] = weight
-        info = {"quantizer": "udfc", "method": self.options.method, "rounded_last": self.again}
+        info = {
+            "quantizer": "udfc",
+            "method": self.options.method,
+            "restored_means": self.options.mean_fix,
+            "rounded_last": self.again,
+        }
         return QuantState(self.plan, weights, biases, acts, info)
 
     def _final(self, layer: LayerPlan, module: nn.Module) -> QTensor:
