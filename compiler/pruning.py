@@ -117,19 +117,21 @@ def make_sparse(recipe: Recipe, graph: Graph) -> tuple[Graph, Mapping[str, Tenso
     if not masks.keep:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in masks.left.items())
         raise UsageError(f"--sparsity {recipe.sparsity}: no layer can be made sparse: {reasons}")
+    missed: list[str] = []
     if recipe.restore != "none":
 
         def zeroed(path: str, layer: Any, outputs: Any) -> Tensor | None:
             mask = masks.keep.get(path)
             return None if mask is None else layer.weight.detach().cpu().double() * mask
 
-        graph = Restorer(graph, {}, restoring(recipe), round_layer=zeroed).run()
+        restorer = Restorer(graph, {}, restoring(recipe), round_layer=zeroed)
+        graph, missed = restorer.run(), restorer.not_restored()
     graph = sparsity.apply_masks(graph, masks.keep)
     total = sum(mask.numel() for mask in masks.keep.values())
     zeros = total - sum(int(mask.sum()) for mask in masks.keep.values())
     left = [{"name": name, "reason": reason} for name, reason in masks.left.items()]
     about = {"pattern": recipe.sparsity, "layers": list(masks.keep), "left": left}
-    return graph, masks.keep, about | {"fraction": zeros / total}
+    return graph, masks.keep, about | {"fraction": zeros / total, "not_restored": missed}
 
 
 def restoring(recipe: Recipe) -> Any:

@@ -56,6 +56,7 @@ def test_pruned_and_rounded_in_closed_form_through_to_the_engine(shared, capsys)
     assert (about["method"], about["criterion"]) == ("uniform", "l2")
     assert about["restored_by"] == "udfc (patches)"
     assert about["refit"] is None
+    assert about["not_restored"] == []
     cut = {g["name"]: (g["channels_before"], g["channels_after"]) for g in about["groups"]}
     assert cut == {"layer1.conv1": (8, 6), "layer2.conv1": (16, 12)}
     assert {"name": "conv1", "reason": "channels of a residual sum"} in about["left"]
@@ -101,6 +102,18 @@ def test_the_control_is_the_original_and_the_package_shows_what_went(shared, cap
     recipe = folder / "recipe.yaml"
     again = run(capsys, shared, "build", "--recipe", recipe, "-o", shared.root / "again", "--json")
     assert again.json["files"]["model.onnx"] == manifest["files"]["model.onnx"]
+
+
+def test_layers_that_do_not_make_up_for_what_went_are_named(shared, capsys):
+    """Both sums have two producers, which no form restores; the convolutions within are."""
+    given = ("--prune", "0.3", "--prune-residual", "--quantizer", "rtn", "--refit", "off")
+    manifest = build(capsys, shared, *given, output="summed")
+    names = ["head.fc", "layer1.conv1", "layer2.conv1", "layer2.downsample.0"]
+    assert manifest["pruning"]["not_restored"] == names
+    assert ", ".join(names) in (shared.root / "summed" / "report.html").read_text()
+    assert "; 4 layers not restored; " in run(capsys, shared, "inspect", shared.root / "summed").out
+    plan = ("plan", *shared.weights(), *QUICK, *given, "--restore", "none", "--json")
+    assert run(capsys, shared, *plan).json["pruning"]["not_restored"] == []
 
 
 def test_a_budget_of_work_and_weights_fitted_to_the_images(shared, capsys):
