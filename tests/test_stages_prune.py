@@ -42,6 +42,12 @@ def weights_of(path):
     return list(found.values())
 
 
+def written_sparsity(package):
+    """Return what the file says of its zeros: engines that can skip them read it."""
+    model = onnx.load(package / "model.onnx")
+    return {entry.key: entry.value for entry in model.metadata_props}.get("dfqc.sparsity")
+
+
 def predict(path, images):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: images})[0]
@@ -142,6 +148,7 @@ def test_zeros_of_two_in_four_reach_the_file(shared, capsys):
     sparsity = manifest["pruning"]["sparsity"]
     assert {row["name"] for row in sparsity["left"]} == {"conv1"}  # reads three channels
     assert sparsity["fraction"] == 0.5
+    assert written_sparsity(shared.root / "sparse") == "2:4"
     weights = weights_of(shared.root / "sparse" / "model.onnx")
     checked = 0
     for weight in weights:
@@ -156,6 +163,7 @@ def test_zeros_of_two_in_four_reach_the_file(shared, capsys):
         capsys, shared, "--sparsity", "0.5", "--quantizer", "rtn", "--refit", "off", output="half"
     )
     assert half["pruning"]["sparsity"]["fraction"] == pytest.approx(0.5, abs=0.01)
+    assert written_sparsity(shared.root / "half") == "0.5"
     codes = weights_of(shared.root / "half" / "model.onnx")
     assert np.concatenate([w.ravel() == 0 for w in codes]).mean() >= 0.49
 
@@ -165,6 +173,7 @@ def test_without_pruning_nothing_is_stored_and_nothing_said(shared, capsys):
     assert manifest["pruning"] is None
     assert manifest["metrics"]["latency_ms"]["pruned"] is None
     assert "Pruning" not in (shared.root / "whole" / "report.html").read_text()
+    assert written_sparsity(shared.root / "whole") is None
     key = next(s["key"] for s in manifest["stages"] if s["name"] == "prune")
     (entry,) = shared.cache.glob(f"v1/objects/*/{key}")
     assert not (entry / "graph").exists()
