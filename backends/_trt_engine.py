@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from dfqc.backends import _trt_api
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.finish import EngineOptions
+
+SPARSITY_KEY = "dfqc.sparsity"  # metadata of a model whose weights were set to zero on purpose
+_SKIPPED = "2:4"  # the zeros that sparse tensor cores skip
 
 
 def build_plan(model: bytes, options: EngineOptions, *, outputs: Sequence[str] = ()) -> bytes:
@@ -36,6 +41,8 @@ def build_plan(model: bytes, options: EngineOptions, *, outputs: Sequence[str] =
         raise UnsupportedError(f"TensorRT {trt.__version__} refuses the model: {_errors(parser)}")
     _mark_outputs(network, outputs)
     config = _configure(trt, builder, options)
+    if has_sparse_weights(model):  # off by default; TensorRT checks every weight and times both
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     for profile in _profiles(builder, network, options.batches):
         config.add_optimization_profile(profile)
     cache = timing_cache_file(options.cache_dir, driver.gpu, str(trt.__version__))
@@ -46,6 +53,12 @@ def build_plan(model: bytes, options: EngineOptions, *, outputs: Sequence[str] =
         raise UnsupportedError(f"TensorRT {trt.__version__} cannot build the model: {reason}")
     _save_timing_cache(config, cache)
     return bytes(plan)
+
+
+def has_sparse_weights(model: bytes) -> bool:
+    """Report whether a model says that its zeros are those that sparse tensor cores skip."""
+    found = {entry.key: entry.value for entry in onnx.load_from_string(model).metadata_props}
+    return found.get(SPARSITY_KEY) == _SKIPPED
 
 
 def ranges(batches: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from dfqc.backends import _trt_api, _trt_inspect
-from dfqc.backends._trt_engine import build_plan, ranges
+from dfqc.backends._trt_engine import build_plan, has_sparse_weights, ranges
 from dfqc.backends._trt_run import Runner
 from dfqc.compiler.finish import EngineOptions
 
@@ -44,6 +44,7 @@ def build_engine(
         "profiles": [list(sizes) for sizes in ranges(options.batches)],
         "version_compatible": options.version_compatible,
         "hardware": options.hardware,
+        "sparse_weights": has_sparse_weights(data),
         "build_seconds": seconds,
         "latency_ms": latency,
         "executed": _trt_inspect.kernels(found, layers),

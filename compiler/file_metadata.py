@@ -28,6 +28,9 @@ def describe_file(job: Job, facts: Mapping[str, Any], plan: Plan) -> dict[str, s
     }
     if job.recipe.trt_base != "fp32":
         metadata["dfqc.base"] = job.recipe.trt_base
+    if (zeros := job.recipe.zeros) is not None:
+        text = ":".join(map(str, zeros)) if isinstance(zeros, tuple) else str(zeros)
+        metadata["dfqc.sparsity"] = text
     if not plan.quantizers and any(layer.weight for layer in plan.layers.values()):
         metadata["dfqc.weight_only"] = "true"
     return metadata

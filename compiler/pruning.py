@@ -22,12 +22,7 @@ def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], di
     decision = decide(recipe, graph)
     groups = {group.name: group for group in find_groups(graph)}
     if not decision.keep:
-        widest = max(groups[name].size for name in decision.ratios)
-        raise UsageError(
-            f"prune: no layer loses a channel: the widest group that can be pruned has {widest}, "
-            f"and kept channels are multiples of {recipe.channel_multiple}; ask for more, or lower "
-            "--channel-multiple"
-        )
+        raise UsageError(_why_nothing_goes(recipe, max(groups[n].size for n in decision.ratios)))
     rows = [
         {
             "name": name,
@@ -47,6 +42,20 @@ def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], di
         "groups": rows,
         "left": left,
     }
+
+
+def _why_nothing_goes(recipe: Recipe, widest: int) -> str:
+    for name in ("params", "macs"):
+        if part := getattr(recipe, name):
+            return (
+                f"prune: no layer loses a channel: the model keeps --{name} {part:g} as it is; ask "
+                "for less"
+            )
+    return (
+        f"prune: no layer loses a channel: the widest group that can be pruned has {widest}, and "
+        f"kept channels are multiples of {recipe.channel_multiple}; ask for more, or lower "
+        "--channel-multiple"
+    )
 
 
 def decide(recipe: Recipe, graph: Graph, curves: Mapping[str, Curve] | None = None) -> Decision:
@@ -108,19 +117,21 @@ def make_sparse(recipe: Recipe, graph: Graph) -> tuple[Graph, Mapping[str, Tenso
     if not masks.keep:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in masks.left.items())
         raise UsageError(f"--sparsity {recipe.sparsity}: no layer can be made sparse: {reasons}")
+    missed: list[str] = []
     if recipe.restore != "none":
 
         def zeroed(path: str, layer: Any, outputs: Any) -> Tensor | None:
             mask = masks.keep.get(path)
             return None if mask is None else layer.weight.detach().cpu().double() * mask
 
-        graph = Restorer(graph, {}, restoring(recipe), round_layer=zeroed).run()
+        restorer = Restorer(graph, {}, restoring(recipe), round_layer=zeroed)
+        graph, missed = restorer.run(), restorer.not_restored()
     graph = sparsity.apply_masks(graph, masks.keep)
     total = sum(mask.numel() for mask in masks.keep.values())
     zeros = total - sum(int(mask.sum()) for mask in masks.keep.values())
     left = [{"name": name, "reason": reason} for name, reason in masks.left.items()]
     about = {"pattern": recipe.sparsity, "layers": list(masks.keep), "left": left}
-    return graph, masks.keep, about | {"fraction": zeros / total}
+    return graph, masks.keep, about | {"fraction": zeros / total, "not_restored": missed}
 
 
 def restoring(recipe: Recipe) -> Any:

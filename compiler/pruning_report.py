@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler._html import ABSENT, pairs, table
@@ -45,6 +45,8 @@ def summarize(about: Mapping[str, Any]) -> str:
     if sparsity := about["sparsity"]:
         share = f"{100 * sparsity['fraction']:.0f} % of the weights"
         parts.append(f"{share} of {len(sparsity['layers'])} layers zero ({sparsity['pattern']})")
+    if layers := about.get("not_restored"):
+        parts.append(f"{len(layers)} layers not restored")
     parts += [
         f"{label} {about[f'{key}_before']:,} -> {about[f'{key}_after']:,}"
         for key, label in (("params", "parameters"), ("macs", "MACs"))
@@ -66,6 +68,7 @@ def pruning_html(manifest: Mapping[str, Any]) -> str:
         "shared out by": about["method"],
         "channels chosen by": about["criterion"],
         "restored by": about["restored_by"],
+        **_describe_gaps(about.get("not_restored")),
         **_describe_refit(about.get("refit")),
         **_describe_sparsity(about["sparsity"]),
         **_describe_outcome(manifest, about),
@@ -114,6 +117,11 @@ def _mark(point: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _shrunk(about: Mapping[str, Any], key: str) -> str:
     before, after = about[f"{key}_before"], about[f"{key}_after"]
     return f"{before:,} → {after:,} ({100 * after / max(before, 1):.1f} %)"
+
+
+def _describe_gaps(layers: Sequence[str] | None) -> dict[str, str]:
+    """Name the layers that do not make up for what they no longer read."""
+    return {"not restored": ", ".join(layers)} if layers else {}
 
 
 def _describe_refit(refit: Mapping[str, Any] | None) -> dict[str, str]:

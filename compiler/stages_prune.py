@@ -73,8 +73,9 @@ class Refit:
 
 def prune(context: Context) -> Cut:
     """Remove channels, restore what they did, set weights to zero: what the recipe asks for."""
+    from dfqc.compiler.channels import remove
     from dfqc.compiler.graph import count_macs, count_params
-    from dfqc.compiler.passes.restore import restore
+    from dfqc.compiler.passes.restore import Restorer
 
     recipe: Recipe = context.settings.recipe
     original: Graph = context.value("equalize")
@@ -84,16 +85,21 @@ def prune(context: Context) -> Cut:
     keep: Mapping[str, Tensor] = {}
     masks: Mapping[str, Tensor] = {}
     about: dict[str, Any] = {"restored_by": recipe.restore, "method": None, "criterion": None}
-    about |= {"groups": [], "left": [], "sparsity": None}
+    about |= {"groups": [], "left": [], "not_restored": [], "sparsity": None}
     if recipe.prune == "auto":
         way, about["budget"] = choose_way(context, original)
         recipe = with_way(recipe, way)
     if recipe.prunes:
         keep, found = choose_channels(recipe, original)
-        graph = restore(original, keep, restoring(recipe))
+        restorer = Restorer(original, keep, restoring(recipe))
+        graph = remove(restorer.run(), keep)
         about |= found
+        if recipe.restore != "none":
+            about["not_restored"] = restorer.not_restored()
     if recipe.zeros is not None:
         graph, masks, about["sparsity"] = make_sparse(recipe, graph)
+        missed = about["sparsity"].pop("not_restored")
+        about["not_restored"] = sorted({*about["not_restored"], *missed})
     about |= {
         "params_before": count_params(original),
         "params_after": count_params(graph),

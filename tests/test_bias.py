@@ -318,6 +318,17 @@ def test_auto_leaves_learned_biases_alone():
     assert not all(torch.equal(asked.biases[name], b) for name, b in state.biases.items())
 
 
+def test_auto_does_not_derive_means_again_that_were_put_back():
+    graph, unfolded = quantized.folded("residual"), quantized.traced("residual")
+    state = quantized.quantize(graph, quantized.plan(graph, "w3a4"))
+    restored = dataclasses.replace(state, info={**state.info, "restored_means": True})
+    free, found = (correct(graph, s, "auto", unfolded) for s in (state, restored))
+    distances = found.info["bias_correction"]["distance"]
+    assert set(distances) == {"none", "empirical"}
+    assert found.info["bias_correction"]["method"] == min(distances, key=distances.get)
+    assert distances.items() <= free.info["bias_correction"]["distance"].items()
+
+
 def test_images_whose_activations_do_not_fit_are_left_out():
     graph = models.trace_tiny("residual")
     largest = max(math.prod(shape) for shape in node_shapes(graph).values())

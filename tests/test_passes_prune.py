@@ -219,6 +219,36 @@ def test_wrong_options_are_refused(options, message):
         choose(chain(20), options)
 
 
+@pytest.mark.parametrize("beside", [{}, {"ratio": 0.25}, {"macs": 0.9}])
+def test_a_ratio_for_layers_that_stay_whole_is_refused_with_the_reason(beside):
+    graph = models.trace_tiny("residual")
+    message = r"'conv1' matches only layers whose channels stay; conv1: channels of a residual sum;"
+    with pytest.raises(UsageError, match=message + " allow residual channels"):
+        choose(graph, Options(layers=(("conv1", 0.5),), **beside))
+    with pytest.raises(UsageError, match=r"head\.fc: channels of the output$"):
+        choose(graph, Options(layers=(("head.fc", 0.5),), **beside))
+    allowed = choose(graph, Options(layers=(("conv1", 0.5),), residual=True, **beside))
+    assert allowed.ratios["conv1"] == 0.5
+
+
+def test_a_ratio_that_counts_for_some_layers_only_names_the_others(caplog):
+    graph = models.trace_tiny("residual")
+    decision = choose(graph, Options(layers=(("layer1.*", 0.5),)))
+    assert decision.ratios == {"layer1.conv1": 0.5, "layer2.conv1": 0.0}
+    assert "'layer1.*' does not count for 1 of the 2 layers" in caplog.text
+    assert "layer1.conv2: channels of a residual sum" in caplog.text
+    caplog.clear()
+    choose(graph, Options(layers=(("layer1.conv1", 0.5),)))
+    assert not caplog.records
+
+
+def test_a_ratio_for_a_depthwise_layer_is_that_of_its_channels():
+    graph = models.trace_tiny("depthwise")
+    (group,) = [g for g in find_groups(graph) if g.through and g.prunable and not g.residual]
+    (through,) = group.through
+    assert choose(graph, Options(layers=((through, 0.5),))).ratios[group.name] == 0.5
+
+
 def test_nothing_to_prune_is_refused():
     with pytest.raises(UnsupportedError, match="no group of channels can be pruned"):
         choose(models.trace_tiny("grouped"), Options(ratio=0.3))

@@ -337,3 +337,20 @@ def test_the_curve_is_the_error_of_a_new_fit():
         lost = ((weight[:, gone] @ rest) * weight[:, gone]).sum(1)
         expected = float((gamma * lost / variance).sum() / gamma.sum())
         assert float(errors[count - 1]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_layers_that_are_not_restored_are_known():
+    graph = models.trace_tiny("residual")
+    keep = {
+        group.name: torch.arange(group.size - 2)
+        for group in find_groups(graph)
+        if group.prunable and group.residual
+    }
+    restorer = Restorer(graph, keep, Options())
+    restorer.run()
+    assert restorer.not_restored() == [
+        "head.fc", "layer1.conv1", "layer2.conv1", "layer2.downsample.0"
+    ]  # fmt: skip
+    alone = Restorer(graph, {"layer1.conv1": torch.arange(6)}, Options())
+    alone.run()
+    assert alone.not_restored() == []

@@ -44,6 +44,12 @@ def weights_of(path):
     return list(found.values())
 
 
+def written_sparsity(package):
+    """Return what the file says of its zeros: engines that can skip them read it."""
+    model = onnx.load(package / "model.onnx")
+    return {entry.key: entry.value for entry in model.metadata_props}.get("dfqc.sparsity")
+
+
 def predict(path, images):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: images})[0]
@@ -58,6 +64,7 @@ def test_pruned_and_rounded_in_closed_form_through_to_the_engine(shared, capsys)
     assert (about["method"], about["criterion"]) == ("uniform", "l2")
     assert about["restored_by"] == "udfc (patches)"
     assert about["refit"] is None
+    assert about["not_restored"] == []
     cut = {g["name"]: (g["channels_before"], g["channels_after"]) for g in about["groups"]}
     assert cut == {"layer1.conv1": (8, 6), "layer2.conv1": (16, 12)}
     assert {"name": "conv1", "reason": "channels of a residual sum"} in about["left"]
@@ -105,6 +112,18 @@ def test_the_control_is_the_original_and_the_package_shows_what_went(shared, cap
     assert again.json["files"]["model.onnx"] == manifest["files"]["model.onnx"]
 
 
+def test_layers_that_do_not_make_up_for_what_went_are_named(shared, capsys):
+    """Both sums have two producers, which no form restores; the convolutions within are."""
+    given = ("--prune", "0.3", "--prune-residual", "--quantizer", "rtn", "--refit", "off")
+    manifest = build(capsys, shared, *given, output="summed")
+    names = ["head.fc", "layer1.conv1", "layer2.conv1", "layer2.downsample.0"]
+    assert manifest["pruning"]["not_restored"] == names
+    assert ", ".join(names) in (shared.root / "summed" / "report.html").read_text()
+    assert "; 4 layers not restored; " in run(capsys, shared, "inspect", shared.root / "summed").out
+    plan = ("plan", *shared.weights(), *QUICK, *given, "--restore", "none", "--json")
+    assert run(capsys, shared, *plan).json["pruning"]["not_restored"] == []
+
+
 def test_a_budget_of_work_and_weights_fitted_to_the_images(shared, capsys):
     given = ("--macs", "0.8", "--quantizer", "rtn")
     manifest = build(capsys, shared, *given, output="macs")
@@ -131,6 +150,7 @@ def test_zeros_of_two_in_four_reach_the_file(shared, capsys):
     sparsity = manifest["pruning"]["sparsity"]
     assert {row["name"] for row in sparsity["left"]} == {"conv1"}  # reads three channels
     assert sparsity["fraction"] == 0.5
+    assert written_sparsity(shared.root / "sparse") == "2:4"
     weights = weights_of(shared.root / "sparse" / "model.onnx")
     checked = 0
     for weight in weights:
@@ -145,6 +165,7 @@ def test_zeros_of_two_in_four_reach_the_file(shared, capsys):
         capsys, shared, "--sparsity", "0.5", "--quantizer", "rtn", "--refit", "off", output="half"
     )
     assert half["pruning"]["sparsity"]["fraction"] == pytest.approx(0.5, abs=0.01)
+    assert written_sparsity(shared.root / "half") == "0.5"
     codes = weights_of(shared.root / "half" / "model.onnx")
     assert np.concatenate([w.ravel() == 0 for w in codes]).mean() >= 0.49
 
@@ -154,6 +175,7 @@ def test_without_pruning_nothing_is_stored_and_nothing_said(shared, capsys):
     assert manifest["pruning"] is None
     assert manifest["metrics"]["latency_ms"]["pruned"] is None
     assert "Pruning" not in (shared.root / "whole" / "report.html").read_text()
+    assert written_sparsity(shared.root / "whole") is None
     key = next(s["key"] for s in manifest["stages"] if s["name"] == "prune")
     (entry,) = shared.cache.glob(f"v1/objects/*/{key}")
     assert not (entry / "graph").exists()
@@ -191,6 +213,8 @@ def test_a_plan_shows_channels_and_work(shared, capsys):
         (("--prune", "0.3", "--macs", "0.5"), "--prune and --macs both say how much"),
         (("--prune", "0.01"), "no layer loses a channel"),
         (("--params", "0.01"), "expected at least 0"),
+        (("--params", "1.0"), "the model keeps --params 1 as it is; ask for less"),
+        (("--prune-layer", "conv1=0.5"), "conv1: channels of a residual sum"),
         (("--prune-by", "error"), "give --prune"),
         (("--prune-layer", "layer1.conv1"), "expected GLOB=PART"),
         (("--prune-layer", "layre*=0.5"), "matches no layer"),
@@ -204,6 +228,7 @@ def test_a_plan_shows_channels_and_work(shared, capsys):
         (("--prune", "0.3", "--quantizer", "udfc", "--equalize", "cle"), "leave --equalize out"),
         (("--prune", "0.3", "--quantizer", "udfc", "--sparsity", "2:4"), "fill the zeros"),
         (("--quantizer", "udfc", "--bias-correction", "analytic"), "would count twice"),
+        ((*UDFC, "--restore", "lbyl", "--quantizer-option", "compensate=users"), "patches or mom"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(shared, capsys, given, text):

@@ -68,7 +68,7 @@ def resolves(api, names):
 @each_version
 def test_every_name_exists(version):
     names = used_names()
-    assert ("BuilderFlag", "VERSION_COMPATIBLE") in names
+    assert {("BuilderFlag", n) for n in ("VERSION_COMPATIBLE", "SPARSE_WEIGHTS")} <= names
     assert ("ILogger", "Severity", "ERROR") in names
     assert len(names) > 15
     missing = [n for n in names if not resolves(fake_trt.API[version], n)]
@@ -137,6 +137,27 @@ def test_a_build_makes_the_documented_calls(world, tmp_path):
         ("input", 9, 32, 32),
     ]
     assert {a[1][1:] for a in shapes} == {(3, 16, 16)}
+
+
+@both
+@pytest.mark.parametrize(
+    ("sparsity", "allowed"), [("2:4", True), ("4:8", False), ("0.5", False), (None, False)]
+)
+def test_zeros_of_two_in_four_may_be_skipped(world, tmp_path, sparsity, allowed):
+    import tensorrt
+
+    model = files.written(sparsity=sparsity)
+    _trt_engine.build_plan(model, options(tmp_path))
+    flags = [(tensorrt.BuilderFlag.SPARSE_WEIGHTS,)] if allowed else []
+    assert world.called("IBuilderConfig.set_flag") == flags
+    world.calls.clear()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model)
+    trt.open_runner(path).close()  # built in memory
+    assert world.called("IBuilderConfig.set_flag") == flags
+    plan = tmp_path / "model.plan"
+    about, _ = trt.build_engine(path, plan, options(tmp_path))
+    assert about["sparse_weights"] is allowed
 
 
 @both

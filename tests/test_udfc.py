@@ -15,6 +15,7 @@ from dfqc.compiler.dataset import open_dataset
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.frontend import trace
 from dfqc.compiler.loading import ImageOverrides, load_model
+from dfqc.compiler.passes import bias
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.restore import Options as RestoreOptions
 from dfqc.compiler.passes.restore import restore
@@ -71,8 +72,8 @@ def test_without_any_part_it_is_rounding_to_nearest(net):
         assert torch.allclose(found.weights[name].scale, weight.scale, rtol=1e-5)
         exact = dequantize_weight(weight, axis)
         assert torch.allclose(dequantize_weight(found.weights[name], axis), exact, atol=1e-5)
-    for name, bias in expected.biases.items():
-        assert torch.allclose(found.biases[name], bias, atol=1e-5)
+    for name, value in expected.biases.items():
+        assert torch.allclose(found.biases[name], value, atol=1e-5)
 
 
 @each_net
@@ -108,6 +109,35 @@ def test_every_part_keeps_to_the_plan(compensate, rounding):
         assert (weight.scale > 0).all()
     with torch.inference_mode():
         assert simulated(cut, state, integer=False).module(models.images()).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["none", "merging", "lbyl", "weights"])
+def test_a_fit_to_rounded_channels_that_would_change_nothing_is_refused(method):
+    said = f"compensate=users with method {method}.*--restore patches or moments"
+    with pytest.raises(UsageError, match=said):
+        udfc.Options(method=method, compensate="users")
+    assert udfc.Options(method=method, compensate="scales").compensate == "scales"
+
+
+@pytest.mark.parametrize("method", ["moments", "patches"])
+def test_a_fit_to_rounded_channels_changes_codes(method):
+    graph = models.trace_tiny("depthwise")
+    supplies = QuantizerSupplies(unfolded=graph)
+    alone, fitted = (
+        run(fold(graph), supplies, Bits(4, 32), method=method, compensate=way).weights
+        for way in ("none", "users")
+    )
+    assert any(not torch.equal(alone[name].codes, fitted[name].codes) for name in alone)
+
+
+@pytest.mark.parametrize("fix", [True, False])
+def test_bias_correction_is_told_that_means_were_put_back(fix):
+    graph = models.trace_tiny("plain")
+    folded, calib = fold(graph), CalibSet(models.images(4, graph.image), None, "noise")
+    state = run(folded, QuantizerSupplies(unfolded=graph), Bits(4, 8), mean_fix=fix)
+    done = bias.correct(folded, graph, state, calib, bias.Options(), device=CPU)
+    tried = set(done.info["bias_correction"]["distance"])
+    assert tried == ({"none", "empirical"} if fix else set(bias.METHODS))
 
 
 def test_mean_of_rounded_outputs_is_put_back():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import quantized
 from dfqc.backends import trt
+from dfqc.backends._trt_engine import SPARSITY_KEY
 from dfqc.compiler.affine import half_scales
 
 
@@ -49,11 +50,12 @@ def state(bits: str = "w8a8"):
 
 
 @functools.cache
-def written(bits: str = "w8a8", base: str = "fp32") -> bytes:
-    """Return a file."""
+def written(bits: str = "w8a8", base: str = "fp32", sparsity: str | None = None) -> bytes:
+    """Return a file; `sparsity` is what it says of its zeros."""
     graph, decided = state(bits)
     decided = half_scales(decided) if base == "fp16" else decided
     metadata = {} if base == "fp32" else {trt.BASE_KEY: base}
+    metadata |= {SPARSITY_KEY: sparsity} if sparsity else {}
     return trt.lower(graph, decided, metadata=metadata).model
 
 

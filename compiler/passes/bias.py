@@ -37,6 +37,8 @@ from dfqc.compiler.spec import LayerPlan
 log = logging.getLogger(__name__)
 
 METHODS = ("none", "blend", "analytic", "empirical")  # in the order of ties
+# Of a quantizer that has put the means back by the batch norms: deriving them again counts twice.
+_MEASURED = ("none", "empirical")
 JUDGE_IMAGES = 64
 _MEMORY, _SHARE = 8 << 30, 0.25  # without a limit; what of it may hold activations
 _LIVE = 3  # tensors at once, of the largest one's size: in, out, and a residual stream
@@ -74,7 +76,8 @@ def correct(
     """Return `state` with corrected biases.
 
     `auto` makes all of them and keeps the one whose simulated outputs are nearest to the float
-    ones, by the divergence of their softmax. Biases that a quantizer learned it leaves alone.
+    ones, by the divergence of their softmax. Biases that a quantizer learned it leaves alone; where
+    one has put means back by batch norms (`udfc`), it only tries what is measured.
 
     Args:
         graph: folded graph (what the state belongs to).
@@ -124,8 +127,9 @@ def correct(
     if options.method != "auto":
         return fit(options.method, len(images))
     seen, judges = _judges(images) if held_out is None else (len(images), _spread(held_out))
-    scores = {m: output_distance(graph, fit(m, seen), judges, device=device) for m in METHODS}
-    best = min(METHODS, key=lambda method: scores[method])
+    methods = _MEASURED if state.info.get("restored_means") else METHODS
+    scores = {m: output_distance(graph, fit(m, seen), judges, device=device) for m in methods}
+    best = min(methods, key=lambda method: scores[method])
     log.info("bias correction: %s of %s", best, scores)
     chosen = fit(best, len(images))
     info = {**chosen.info["bias_correction"], "distance": scores}

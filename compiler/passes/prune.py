@@ -32,6 +32,7 @@ Criterion: TypeAlias = RankCriterion | Literal["moments"]
 log = logging.getLogger(__name__)
 
 _SHOWN = 12  # reasons in one message
+_RESIDUAL = "channels of a residual sum"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Options:
         channels: part of all prunable channels to remove, where it costs least.
         params: part of the parameters to keep, at most.
         macs: part of the multiply-accumulates to keep, at most.
-        layers: (glob, ratio) on producers' paths; the last match wins, before ratio or budget.
+        layers: (glob, ratio) on paths of producers and depthwise layers; the last match wins,
+            before ratio or budget.
         criterion: which channels of a group go first; see `rank_channels`. `restored` and `moments`
             are for what restores them afterwards: `moments` takes the error behind the readers
             (`error_curves`), and groups that it does not understand go by `restored`.
@@ -108,7 +110,8 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
         curves: orders and errors from elsewhere; groups that are not in it are ranked here.
 
     Raises:
-        UsageError: options that contradict each other or cannot be met, a glob without a layer.
+        UsageError: options that contradict each other or cannot be met, a glob without a layer
+            or only with layers whose channels stay.
         UnsupportedError: no group of channels can be pruned.
     """
     _check_options(options)
@@ -117,15 +120,13 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
     groups = [group for group in every if group.name not in left]
     if not groups:
         some = [f"{name}: {reason}" for name, reason in left.items()] or ["it has no layers"]
-        more = f"; and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
         raise UnsupportedError(
-            "prune: no group of channels can be pruned, expected at least one; "
-            + "; ".join(some[:_SHOWN])
-            + more
+            f"prune: no group of channels can be pruned, expected at least one; {_list_some(some)}"
         )
+    fixed = _match_layers(every, left, options)
     given = dict(curves or {})
     given |= rank(graph, [group for group in groups if group.name not in given], options)
-    removed = _count_removed(graph, every, groups, given, options)
+    removed = _count_removed(graph, groups, given, options, fixed)
     keep = {
         group.name: given[group.name].order[removed[group.name] :].sort().values
         for group in groups
@@ -183,19 +184,18 @@ def _why_not(group: Group, options: Options) -> str:
     if not group.prunable:
         return group.reason
     if group.residual and not options.residual:
-        return "channels of a residual sum"
+        return _RESIDUAL
     return ""
 
 
 def _count_removed(
     graph: Graph,
-    every: Sequence[Group],
     groups: Sequence[Group],
     curves: Mapping[str, Curve],
     options: Options,
+    fixed: Mapping[str, float],
 ) -> dict[str, int]:
-    """Return the number of channels that each group loses."""
-    fixed = _match_layers(every, groups, options)
+    """Return the number of channels that each group loses; `fixed` has the ratios by layer."""
     removed = {g.name: _round(g.size, fixed[g.name], options) for g in groups if g.name in fixed}
     free = [group for group in groups if group.name not in fixed]
     if options.ratio is not None:
@@ -212,21 +212,41 @@ def _count_removed(
 
 
 def _match_layers(
-    every: Sequence[Group], groups: Sequence[Group], options: Options
+    every: Sequence[Group], left: Mapping[str, str], options: Options
 ) -> dict[str, float]:
-    """Return the ratios given by layer, per group."""
-    known = {path: group.name for group in every for path in group.producers}
-    open_ = {group.name for group in groups}
+    """Return the ratios given by layer, per group; a layer whose group is left alone has none."""
+    known = [(path, group.name) for group in every for path in group.producers + group.through]
     fixed: dict[str, float] = {}
     for pattern, ratio in options.layers:
-        hits = [path for path in known if fnmatch.fnmatchcase(path, pattern)]
+        hits = [(path, name) for path, name in known if fnmatch.fnmatchcase(path, pattern)]
         if not hits:
-            near = difflib.get_close_matches(pattern, known, 3, 0.3)
+            near = difflib.get_close_matches(pattern, [path for path, _ in known], 3, 0.3)
             raise UsageError(
                 f"prune: {pattern!r} matches no layer; nearest: {', '.join(near) or 'none'}"
             )
-        fixed |= {known[path]: ratio for path in hits if known[path] in open_}
+        fixed |= {name: ratio for _, name in hits if name not in left}
+        whole = [f"{path}: {left[name]}" for path, name in hits if name in left]
+        if len(whole) == len(hits):
+            raise UsageError(
+                f"prune: {pattern!r} matches only layers whose channels stay; "
+                f"{_list_some(whole)}{_hint(whole)}"
+            )
+        if whole:
+            log.warning(
+                "prune: %r does not count for %d of the %d layers that it matches; %s",
+                *(pattern, len(whole), len(hits), _list_some(whole)),
+            )
     return fixed
+
+
+def _list_some(reasons: Sequence[str]) -> str:
+    more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    return "; ".join(reasons[:_SHOWN]) + more
+
+
+def _hint(reasons: Sequence[str]) -> str:
+    """Say what opens the channels of residual sums, where that is what stands in the way."""
+    return "; allow residual channels" if any(r.endswith(_RESIDUAL) for r in reasons) else ""
 
 
 def _round(size: int, ratio: float, options: Options) -> int:

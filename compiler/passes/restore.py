@@ -122,8 +122,7 @@ class Restorer:
                 self._change(path, module)
             elif any(group.name in self.keep for group, _ in self.uses[path]):
                 self.skipped.append(path)
-        if self.skipped:
-            names = list(dict.fromkeys(self.skipped))
+        if names := self.not_restored():
             log.warning(
                 "restore: %d layers do not make up for the channels that they no longer read, "
                 "because what lies between is not understood: %s",
@@ -131,6 +130,10 @@ class Restorer:
                 names,
             )
         return self.work
+
+    def not_restored(self) -> list[str]:
+        """Return the layers that `run` could not restore, or not with mean and variance; sorted."""
+        return sorted(set(self.skipped))
 
     def _change(self, path: str, layer: nn.Conv2d | nn.Linear) -> None:
         exact = layer.weight.detach().cpu().double()

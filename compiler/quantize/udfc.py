@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 from torch import Tensor, nn
 
 from dfqc.compiler import affine
@@ -43,12 +43,14 @@ from dfqc.compiler.spec import LayerPlan, Plan
 
 log = logging.getLogger(__name__)
 
+_FITTING = ("patches", "moments")  # forms of restoration that know what rounded channels are like
+
 
 class Options(RestoreOptions):
     """Options of the joint closed form: those of the restoration, and how weights are rounded.
 
     `compensate` says what users do about rounded channels beside mean and variance: nothing, one
-    factor per channel, or a new fit.
+    factor per channel, or a new fit (by `patches` and `moments`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +61,17 @@ class Options(RestoreOptions):
     acts: Literal["mse", "minmax", "percentile"] = "mse"
     percentile: float = 99.99
     batch_size: int = 64
+
+    @model_validator(mode="after")
+    def _check_compensation(self) -> Options:
+        """Refuse a fit to rounded channels by forms that only look at the original's filters."""
+        if self.compensate == "users" and self.method not in _FITTING:
+            raise UsageError(
+                f"udfc: compensate=users with method {self.method}: that form never sees what was "
+                f"rounded, and nothing would change; use --restore {' or '.join(_FITTING)}, or "
+                "compensate=scales"
+            )
+        return self
 
     def ranges(self) -> rtn.Options:
         """Return the range estimators of the activations."""
@@ -202,7 +215,12 @@ class _Rounder:
                     least = rtn.smallest_weight_scale(bias, acts[layer.input].scale)
                     weight = dataclasses.replace(weight, scale=weight.scale.maximum(least))
             weights[layer.name] = weight
-        info = {"quantizer": "udfc", "method": self.options.method, "rounded_last": self.again}
+        info = {
+            "quantizer": "udfc",
+            "method": self.options.method,
+            "restored_means": self.options.mean_fix,
+            "rounded_last": self.again,
+        }
         return QuantState(self.plan, weights, biases, acts, info)
 
     def _final(self, layer: LayerPlan, module: nn.Module) -> QTensor:
