@@ -33,6 +33,7 @@ from dfqc.compiler.contracts import (
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, copy_graph, layer_nodes
 from dfqc.compiler.passes._outputs import Outputs
+from dfqc.compiler.passes.bias import RESTORED
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.restore import Compensation, Restorer
 from dfqc.compiler.passes.restore import Options as RestoreOptions
@@ -202,7 +203,12 @@ class _Rounder:
                     least = rtn.smallest_weight_scale(bias, acts[layer.input].scale)
                     weight = dataclasses.replace(weight, scale=weight.scale.maximum(least))
             weights[layer.name] = weight
-        info = {"quantizer": "udfc", "method": self.options.method, "rounded_last": self.again}
+        info = {
+            "quantizer": "udfc",
+            "method": self.options.method,
+            "rounded_last": self.again,
+            RESTORED: True,
+        }
         return QuantState(self.plan, weights, biases, acts, info)
 
     def _final(self, layer: LayerPlan, module: nn.Module) -> QTensor:
