@@ -8,6 +8,7 @@ from dfqc.compiler import plugins
 from dfqc.compiler.contracts import QuantizerSupplies
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import reconstruct
 from dfqc.compiler.quantize._choice import judging_parts
 from dfqc.compiler.quantize.reconstruct import Options
@@ -233,3 +234,47 @@ def test_max_is_as_published(name):
     assert (options.start, options.batch_size, options.lr_bias) == ("nearest", 32, 0.0)
     assert (options.rounding, options.step_share, options.least_layers) == ("soft", 0.0, 1)
     assert not options.relative
+
+
+@pytest.mark.parametrize("method", ["none", "analytic", "empirical", "variance", "auto"])
+def test_biases_are_corrected_as_the_recipe_says(method):
+    supplies = QuantizerSupplies(
+        unfolded=quantized.traced("residual"), held_out=HELD_OUT, bias_correction=method
+    )
+    state = run(bits="w8a8", supplies=supplies, lr_bias=0.0)  # no unit has anything to learn
+    info = state.info["bias_correction"]
+    expected = {"variance": "analytic", "auto": info["method"]}.get(method, method)
+    assert info["method"] == expected
+    assert ("distance" in info) == (method == "auto")
+    assert info["variance"] == ("analytic" if method == "variance" else "keep")
+    graph = quantized.folded("residual")
+    same = all(torch.equal(b, graph.module.get_submodule(n).bias) for n, b in state.biases.items())
+    assert same == (expected == "none")
+    # Behind the quantizer, nothing is taken off twice and what was done stays known.
+    chosen = bias.options_of("none")
+    after = bias.correct(
+        graph, supplies.unfolded, state, quantized.calib(), chosen, device=CPU
+    ).info["bias_correction"]
+    assert (after["method"], after["before"]) == ("none", info)
+
+
+def test_restandardized_weights_are_not_restandardized_again():
+    unfolded = quantized.traced("residual")
+    supplies = QuantizerSupplies(unfolded=unfolded, held_out=HELD_OUT, bias_correction="variance")
+    state = run(bits="w2a8", supplies=supplies, lr_bias=0.0)
+    given = (quantized.folded("residual"), unfolded, state, quantized.calib())
+    found = bias.correct(*given, bias.options_of("variance"), device=CPU)
+    for name, weight in state.weights.items():
+        assert torch.equal(found.weights[name].scale, weight.scale)
+
+
+def test_learned_biases_tell_what_they_were_learned_from():
+    supplies = QuantizerSupplies(
+        unfolded=quantized.traced("residual"), held_out=HELD_OUT, bias_correction="none"
+    )
+    state = run(supplies=supplies, keep_best=False)
+    assert state.info["learned_biases"]
+    given = (quantized.folded("residual"), supplies.unfolded, state, quantized.calib())
+    info = bias.correct(*given, bias.options_of("auto"), device=CPU).info["bias_correction"]
+    assert info["reason"] == "the quantizer learned the biases"
+    assert info["before"] == {"method": "none", "variance": "keep"}

@@ -60,6 +60,12 @@ class Options(BaseModel):
     batch_size: int = Field(32, ge=1)
 
 
+def options_of(name: str) -> Options:
+    """Return the options that a recipe's word stands for."""
+    chosen = {"variance": {"method": "analytic", "variance": "analytic"}}
+    return Options.model_validate(chosen.get(name, {"method": name}))
+
+
 def correct(
     graph: Graph,
     unfolded: Graph,
@@ -93,7 +99,8 @@ def correct(
     """
     if state.info.get("learned_biases"):
         return _keep_learned(state, options)
-    if options.variance == "analytic":
+    before = state.info.get("bias_correction", {})
+    if options.variance == "analytic" and before.get("variance") != "analytic":
         state = restandardize(graph, unfolded, state)
 
     images = calib.images[: min(options.images, count_images(graph, memory_bytes))]
@@ -119,6 +126,8 @@ def correct(
             analytic, notes = derived()
             info |= notes
             biases = analytic if method == "analytic" else blend_biases(biases, analytic)
+        if method == "none" and before:
+            info["before"] = before
         return _corrected(state, biases, info)
 
     if options.method != "auto":
@@ -139,6 +148,8 @@ def _keep_learned(state: QuantState, options: Options) -> QuantState:
     MobileNetV1 at W4A8 lost 2.4 points so, ResNet-20 at W2A4 0.4.
     """
     info = {"method": "none", "variance": "keep", "reason": "the quantizer learned the biases"}
+    if before := state.info.get("bias_correction"):
+        info["before"] = before
     if options.method not in ("auto", "none") or options.variance != "keep":
         asked = "variance" if options.variance != "keep" else options.method
         info["asked"] = asked

@@ -22,9 +22,8 @@ from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, Quant
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
 from dfqc.compiler.judging import augmented, split_judges
-from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn, squant
-from dfqc.compiler.quantize._choice import judging_parts, keep_best
+from dfqc.compiler.quantize._choice import correct_biases, judging_parts, keep_best
 from dfqc.compiler.quantize._micro import estimate_bytes
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
@@ -246,11 +245,5 @@ def _ready(
             device=device,
             supplies=supplies,
         )
-        states[name] = bias.correct(
-            *(graph, supplies.unfolded or graph, state, calib),
-            bias.Options.model_validate({"method": "auto" if supplies.unfolded else "empirical"}),
-            device=device,
-            held_out=supplies.held_out,
-            memory_bytes=supplies.memory_bytes,
-        )
+        states[name] = correct_biases(graph, state, calib, supplies, device)
     return states
