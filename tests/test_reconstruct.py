@@ -278,3 +278,13 @@ def test_learned_biases_tell_what_they_were_learned_from():
     info = bias.correct(*given, bias.options_of("auto"), device=CPU).info["bias_correction"]
     assert info["reason"] == "the quantizer learned the biases"
     assert info["before"] == {"method": "none", "variance": "keep"}
+
+
+def test_more_effort_is_never_less_work():
+    quick, standard, most = (
+        plugin_options(reconstruct, "reconstruct", effort, {})
+        for effort in ("quick", "standard", "max")
+    )
+    for field in ("iterations", "tune_iterations"):
+        values = [getattr(options, field) for options in (quick, standard, most)]
+        assert values == sorted(values), field

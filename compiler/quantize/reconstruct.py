@@ -101,7 +101,7 @@ class Published(Options):
 PRESETS: dict[str, dict[str, object]] = {
     "quick": {"iterations": 250},
     "standard": {"iterations": 1000, "tune_iterations": 300},
-    "max": {"iterations": 20_000},
+    "max": {"iterations": 20_000, "tune_iterations": 300},
 }
 # Ranges, bias corrections and comparisons, in passes of the calibration set.
 _JUDGING = 20.0
