@@ -288,3 +288,9 @@ def test_more_effort_is_never_less_work():
     for field in ("iterations", "tune_iterations"):
         values = [getattr(options, field) for options in (quick, standard, most)]
         assert values == sorted(values), field
+
+
+@pytest.mark.parametrize("unit", ["block", "layer"])
+def test_mixed_inputs_need_something_to_mix(unit):
+    with pytest.raises(UsageError, match="drop above 0, or inputs=quantized"):
+        run(inputs="mixed", drop=0.0, unit=unit)

@@ -218,6 +218,11 @@ def _check(options: Options) -> None:
             "unit=layer: output_weight and weighting=fisher follow a unit's output to the end of "
             "the network, which needs unit=block"
         )
+    if options.inputs == "mixed" and not options.drop:
+        raise UsageError(
+            "inputs=mixed: draws elements of the float input by the share drop, got drop=0; give a "
+            "drop above 0, or inputs=quantized"
+        )
     if options.unit == "layer" and options.merge > 1:
         raise UsageError("merge: takes blocks together, got unit=layer; use unit=block")
 
