@@ -81,7 +81,14 @@ class Options(TrainOptions):
 
 
 class Published(Options):
-    """The loop as its papers share it; each of them sets the rest."""
+    """The loop as its papers share it; each of them sets the rest.
+
+    What none of the papers does stays: the states that learning starts from have corrected biases
+    (`--bias-correction none` leaves them); activation grids of 8 bits and more are neither learned
+    nor dropped; every fourth image, or some 64 of many, is put aside and judges; and by these, the
+    start is kept for a unit where learning made it no better, so that the units behind it see that
+    (`keep_best=false` leaves this out).
+    """
 
     rounding: Literal["soft", "flex"] = "soft"
     relative: bool = False
