@@ -163,6 +163,7 @@ class QuantizerSupplies:
             fit, and then sets `shortened` in its info to True. None: as long as it takes.
         checkpoint: keeps finished parts of long work.
         scratch: folder for what does not fit into memory; None: the system's temporary folder.
+        bias_correction: how biases are corrected before anything is learned; the recipe's word.
     """
 
     unfolded: Graph | None = None
@@ -173,6 +174,7 @@ class QuantizerSupplies:
     seconds: float | None = None
     checkpoint: Checkpoint = forgetful
     scratch: Path | None = None
+    bias_correction: str = "auto"
 
 
 @dataclass(frozen=True)

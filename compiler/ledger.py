@@ -69,6 +69,10 @@ def _bits(raw: Mapping[str, int]) -> str:
     return f"w{raw['weight']}a{raw['act']}"
 
 
+# What some quantizers say and others do not.
+_OWN = ("last", "collapsed", "start", "hessian", "images", "rounded_to_nearest", "spilled_bytes")
+
+
 def describe_quantization(build: Build) -> dict[str, Any]:
     """Return which quantizer ran, what it chose between and what it kept, per unit and in all."""
     about = build.data("correct", INFO)["info"]
@@ -78,7 +82,7 @@ def describe_quantization(build: Build) -> dict[str, Any]:
         "heldout_distance": about.get("heldout_distance"),
         "shortened": about.get("shortened", False),
         "bias_correction": about.get("bias_correction"),
-        **{name: about[name] for name in ("last", "collapsed") if name in about},
+        **{name: about[name] for name in _OWN if name in about},
         "units": about.get("units", []),
     }
 

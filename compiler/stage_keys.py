@@ -64,9 +64,9 @@ def refit_options(job: Job) -> Mapping[str, Any]:
 
 def quantize_options(job: Job) -> Mapping[str, Any]:
     """What the quantizer depends on beside its inputs."""
-    options = pick("quantizer", "quantizer-option", "effort", "budget", "memory")(job)
+    names = ("quantizer", "quantizer-option", "effort", "budget", "memory", "bias-correction")
     own = {"restore": job.recipe.restore} if job.recipe.quantizer == "udfc" else {}
-    return {**options, **own}
+    return {**pick(*names)(job), **own}
 
 
 def plan_options(job: Job) -> Mapping[str, Any]:

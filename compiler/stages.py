@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 FACTS, DATA = "facts.json", "data.json"
 # `variance` restores the variance of every channel, then its mean, both from batch norms.
-_CORRECTIONS = {"variance": {"method": "analytic", "variance": "analytic"}}
 _QUANTIZE_SHARE = 0.7  # of the time left; lowering, parity and measuring come after
 
 
@@ -233,6 +232,7 @@ def quantize(context: Context) -> QuantState:
         seconds=context.share_of_time(_QUANTIZE_SHARE),
         checkpoint=context.checkpoint,
         scratch=context.scratch,
+        bias_correction=recipe.bias_correction,
     )
     overrides = quantizer_overrides(recipe)
     options = plugin_options(plugin, recipe.quantizer, recipe.effort, overrides)
@@ -257,13 +257,12 @@ def correct(context: Context) -> QuantState:
     from dfqc.compiler.stages_prune import unfolded_graph
 
     recipe = context.settings.recipe
-    method = recipe.bias_correction
     state = bias.correct(
         context.value("fold"),
         unfolded_graph(context),
         context.value("quantize"),
         context.value("synthesize"),
-        bias.Options.model_validate(_CORRECTIONS.get(method, {"method": method})),
+        bias.options_of(recipe.bias_correction),
         device=device_of(context),
         held_out=context.value("holdout").images,
         memory_bytes=context.settings.recipe.memory_bytes,

@@ -307,17 +307,6 @@ def test_options_out_of_range_are_refused(wrong):
         bias.Options(**wrong)
 
 
-def test_auto_leaves_learned_biases_alone():
-    graph = quantized.folded("residual")
-    state = quantized.quantize(graph, quantized.plan(graph, "w3a4"))
-    learned = dataclasses.replace(state, info={**state.info, "learned_biases": True})
-    found = correct(graph, learned, "auto", quantized.traced("residual"))
-    assert found.info["bias_correction"]["method"] == "none"
-    assert all(torch.equal(found.biases[name], b) for name, b in state.biases.items())
-    asked = correct(graph, learned, "analytic", quantized.traced("residual"))
-    assert not all(torch.equal(asked.biases[name], b) for name, b in state.biases.items())
-
-
 def test_auto_does_not_derive_means_again_that_were_put_back():
     graph, unfolded = quantized.folded("residual"), quantized.traced("residual")
     state = quantized.quantize(graph, quantized.plan(graph, "w3a4"))

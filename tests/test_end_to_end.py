@@ -276,3 +276,11 @@ def test_verify_eval_bench_and_inspect_read_what_build_wrote(shared, capsys):
     assert inspected.json["bits"] == "w8a8"
     (folder / "layers.csv").write_text("other")
     assert run(capsys, shared, "verify", folder, "--json").code == 3
+
+
+def test_no_bias_correction_reaches_the_quantizer_and_the_manifest(shared, capsys):
+    """Neither before the learning nor behind it."""
+    given = ("--bits", "w4a4", "--bias-correction", "none", "--quantizer-option", "lr_bias=0")
+    about = build(capsys, shared, *given, output="uncorrected")["quantization"]["bias_correction"]
+    nothing = {"method": "none", "variance": "keep"}
+    assert about == {**nothing, "before": nothing}

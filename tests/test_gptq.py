@@ -8,6 +8,7 @@ from dfqc.compiler import affine
 from dfqc.compiler.contracts import CalibSet, QuantizerSupplies
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import copy_graph, layer_nodes
+from dfqc.compiler.moments import folded_moments
 from dfqc.compiler.quantize import gptq, rtn
 from dfqc.compiler.quantize._hessian import measure_moments
 from dfqc.compiler.simulate import simulated
@@ -76,14 +77,28 @@ def test_bn_needs_the_unfolded_graph():
         quantize(graph, quantized.plan(graph), hessian="bn")
 
 
-def test_layers_that_no_norm_describes_are_named():
-    graph = quantized.folded("transposed")
+@pytest.mark.parametrize(
+    "unused", [{"asymmetric": False}, {"shift_damping": 0.1}, {"images": 256}], ids=str
+)
+def test_bn_refuses_what_it_would_not_use(unused):
+    graph, (name,) = quantized.folded("residual"), unused
+    supplies = QuantizerSupplies(unfolded=quantized.traced("residual"))
+    with pytest.raises(UsageError, match=f"would not use {name}: leave it out"):
+        quantize(graph, quantized.plan(graph), hessian="bn", supplies=supplies, **unused)
+
+
+def test_layers_that_no_norm_describes_are_named(caplog):
+    graph, unfolded = quantized.folded("concat"), quantized.traced("concat")
     plan = quantized.plan(graph, "w4a8")
-    state = quantize(graph, plan)
-    kinds = {name: layer.op for name, layer in plan.layers.items() if layer.weight}
-    transposed = [name for name, op in kinds.items() if op == "ConvTranspose2d"]
-    assert state.info["rounded_to_nearest"] == transposed
-    assert set(state.weights) == set(kinds)
+    supplies = QuantizerSupplies(unfolded=unfolded)
+    state = quantize(graph, plan, hessian="bn", supplies=supplies)
+    named = state.info["rounded_to_nearest"]
+    assert set(named) == set(state.weights) - set(folded_moments(unfolded, graph))
+    assert 0 < len(named) < len(state.weights)
+    (record,) = [r for r in caplog.records if r.name == gptq.__name__]
+    assert record.levelname == "WARNING"
+    told = f"{len(named)} of {len(state.weights)} layers rounded to nearest: {', '.join(named)}"
+    assert told in record.getMessage()
 
 
 def layer_problem(seed=0):

@@ -7,6 +7,7 @@ from command import ARCHITECTURES
 from dfqc.compiler.errors import EnvironmentFault, LoadError, UsageError
 from dfqc.compiler.job import check_output, make_job, model_name, output_folder
 from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.stage_keys import quantize_options
 
 
 def job(workspace, **flags):
@@ -85,3 +86,8 @@ def test_output_folders(tmp_path):
     with pytest.raises(EnvironmentFault, match="cannot be written"):
         check_output(tmp_path / "file" / "below")
     assert not list(tmp_path.glob(".*"))  # no probe is left behind
+
+
+def test_how_biases_are_corrected_is_part_of_the_quantizers_key(workspace):
+    found = quantize_options(job(workspace, bias_correction="none"))
+    assert found != quantize_options(job(workspace))

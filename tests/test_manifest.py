@@ -5,6 +5,7 @@ import pytest
 import models
 from dfqc.compiler.calib_quality import score, warnings
 from dfqc.compiler.contents import _quality
+from dfqc.compiler.ledger import describe_quantization
 from dfqc.compiler.manifest import _calib, check_gates, exit_code, verdict
 
 
@@ -157,3 +158,19 @@ def test_without_batch_norms_there_is_no_number():
     assert (calib["score"], calib["holdout_score"]) == (None, None)
     assert calib["quality"]["worst_layer_score"] is None
     assert calib["quality"]["channels_expected"] == 0
+
+
+def test_what_a_quantizer_says_of_itself_is_handed_on():
+    told = {
+        "start": "closed",
+        "hessian": "images",
+        "images": 12,
+        "rounded_to_nearest": ["up"],
+        "spilled_bytes": 7,
+    }
+    about = {"quantizer": "gptq", **told}
+    build = SimpleNamespace(data=lambda *_: {"info": about})
+    found = describe_quantization(build)
+    assert found.items() >= about.items()
+    about = {"quantizer": "rtn"}
+    assert not describe_quantization(build).keys() & told.keys()

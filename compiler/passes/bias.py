@@ -30,7 +30,7 @@ from dfqc.compiler.contracts import CalibSet, Progress, QTensor, QuantState, sil
 from dfqc.compiler.graph import Graph, node_shapes
 from dfqc.compiler.moments import folded_inputs, folded_moments
 from dfqc.compiler.passes._empirical import empirical_biases
-from dfqc.compiler.quantize.rtn import smallest_weight_scale
+from dfqc.compiler.quantize.rtn import layer_bias, smallest_weight_scale
 from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import LayerPlan
 
@@ -40,6 +40,7 @@ METHODS = ("none", "blend", "analytic", "empirical")  # in the order of ties
 # Of a quantizer that has put the means back by the batch norms: deriving them again counts twice.
 _MEASURED = ("none", "empirical")
 JUDGE_IMAGES = 64
+RESTORED = "restored_biases"  # in a state's info: they make up for more than rounding
 _MEMORY, _SHARE = 8 << 30, 0.25  # without a limit; what of it may hold activations
 _LIVE = 3  # tensors at once, of the largest one's size: in, out, and a residual stream
 _FEWEST = 16
@@ -61,6 +62,12 @@ class Options(BaseModel):
     batch_size: int = Field(32, ge=1)
 
 
+def options_of(name: str) -> Options:
+    """Return the options that a recipe's word stands for."""
+    chosen = {"variance": {"method": "analytic", "variance": "analytic"}}
+    return Options.model_validate(chosen.get(name, {"method": name}))
+
+
 def correct(
     graph: Graph,
     unfolded: Graph,
@@ -76,8 +83,9 @@ def correct(
     """Return `state` with corrected biases.
 
     `auto` makes all of them and keeps the one whose simulated outputs are nearest to the float
-    ones, by the divergence of their softmax. Biases that a quantizer learned it leaves alone; where
-    one has put means back by batch norms (`udfc`), it only tries what is measured.
+    ones, by the divergence of their softmax. Where a quantizer has put means back by batch norms
+    (`udfc`), it only tries what is measured. Biases that one learned are left alone, whatever was
+    asked for; then the info says so.
 
     Args:
         graph: folded graph (what the state belongs to).
@@ -92,7 +100,10 @@ def correct(
             into its share are left out.
         progress: called per layer.
     """
-    if options.variance == "analytic":
+    if state.info.get("learned_biases"):
+        return _keep_learned(state, options)
+    before = state.info.get("bias_correction", {})
+    if options.variance == "analytic" and before.get("variance") != "analytic":
         state = restandardize(graph, unfolded, state)
 
     images = calib.images[: min(options.images, count_images(graph, memory_bytes))]
@@ -118,12 +129,10 @@ def correct(
             analytic, notes = derived()
             info |= notes
             biases = analytic if method == "analytic" else blend_biases(biases, analytic)
+        if method == "none" and before:
+            info["before"] = before
         return _corrected(state, biases, info)
 
-    if options.method == "auto" and state.info.get("learned_biases"):
-        # Learned with all that rounds; held-out images would find them wrong where they are right:
-        # MobileNetV1 at W4A8 lost 2.4 points so, ResNet-20 at W2A4 0.4.
-        return fit("none", len(images))
     if options.method != "auto":
         return fit(options.method, len(images))
     seen, judges = _judges(images) if held_out is None else (len(images), _spread(held_out))
@@ -134,6 +143,22 @@ def correct(
     chosen = fit(best, len(images))
     info = {**chosen.info["bias_correction"], "distance": scores}
     return _corrected(state, chosen.biases, info)
+
+
+def _keep_learned(state: QuantState, options: Options) -> QuantState:
+    """Return the state as it is, and say so where something else was asked for.
+
+    Learned with all that rounds; held-out images would find them wrong where they are right:
+    MobileNetV1 at W4A8 lost 2.4 points so, ResNet-20 at W2A4 0.4.
+    """
+    info = {"method": "none", "variance": "keep", "reason": "the quantizer learned the biases"}
+    if before := state.info.get("bias_correction"):
+        info["before"] = before
+    if options.method not in ("auto", "none") or options.variance != "keep":
+        asked = "variance" if options.variance != "keep" else options.method
+        info["asked"] = asked
+        log.warning("bias correction: %s is left out: the quantizer learned the biases", asked)
+    return _corrected(state, {}, info)
 
 
 def count_images(graph: Graph, memory_bytes: int | None) -> int:
@@ -260,7 +285,7 @@ def analytic_biases(
             continue
         error = weight_error(folded, layer, state.weights[layer.name])
         shift = _mean_output(module, error, expected[layer.name])
-        bias = _float_bias(folded, state.biases.get(layer.name), len(shift))
+        bias = _bias_to_correct(folded, state, layer.name, len(shift))
         biases[layer.name] = bias - shift.float()
     if skipped:
         log.warning("bias correction: no statistics for %d layers: %s", len(skipped), skipped)
@@ -292,8 +317,11 @@ def _mean_output(module: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
     return out.mean((0, 2, 3))
 
 
-def _float_bias(module: nn.Module, bias: Tensor | None, channels: int) -> Tensor:
-    if bias is not None:
-        return bias
-    own = module.bias
-    return own.detach().cpu().float() if isinstance(own, Tensor) else torch.zeros(channels)
+def _bias_to_correct(module: nn.Module, state: QuantState, layer: str, channels: int) -> Tensor:
+    """Return what the weight error's shift is taken off: the float layer's own bias.
+
+    Not the state's, off which it may have been taken already; but for restored layers, whose
+    float bias is the state's.
+    """
+    own = state.biases.get(layer) if state.info.get(RESTORED) else layer_bias(module)
+    return torch.zeros(channels) if own is None else own

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dfqc.compiler.contracts import QuantizerSupplies, QuantState
+from dfqc.compiler.contracts import CalibSet, QuantizerSupplies, QuantState
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.judging import augmented, mean_divergence
 from dfqc.compiler.passes import bias
@@ -40,6 +40,25 @@ def judging_parts(own: Tensor, supplies: QuantizerSupplies) -> list[Tensor]:
         return [own, augmented(own, 1 + _COPIES, rng)[len(own) :]]
     held_out = supplies.held_out
     return [] if held_out is None else [held_out[: supplies.fitting or len(held_out)]]
+
+
+def correct_biases(
+    graph: Graph,
+    state: QuantState,
+    calib: CalibSet,
+    supplies: QuantizerSupplies,
+    device: torch.device,
+) -> QuantState:
+    """Return a state that training starts from, its biases corrected as the recipe says."""
+    options = bias.options_of(supplies.bias_correction)
+    if options.method == "auto" and supplies.unfolded is None:
+        options = bias.options_of("empirical")
+    return bias.correct(
+        *(graph, supplies.unfolded or graph, state, calib, options),
+        device=device,
+        held_out=supplies.held_out,
+        memory_bytes=supplies.memory_bytes,
+    )
 
 
 def keep_best(

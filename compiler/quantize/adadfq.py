@@ -45,9 +45,8 @@ from dfqc.compiler.graph import Graph, count_params, on_device
 from dfqc.compiler.judging import split_judges
 from dfqc.compiler.opponent import MakesOpponents
 from dfqc.compiler.options import plugin_options
-from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import reconstruct, rtn
-from dfqc.compiler.quantize._choice import blind_distance, distance, judging_parts
+from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
 from dfqc.compiler.quantize._game import Game, Part
 from dfqc.compiler.quantize._game_options import PUBLISHED_ITERATIONS, GameOptions, resolve
 from dfqc.compiler.quantize._game_start import set_up
@@ -194,12 +193,7 @@ def _start(
             supplies=dataclasses.replace(supplies, seconds=seconds),
         )
     state = rtn.quantize(graph, calib, plan, rtn.Options.model_validate({}), rng=rng, device=device)
-    return bias.correct(
-        *(graph, supplies.unfolded or graph, state, calib),
-        bias.Options.model_validate({"method": "auto" if supplies.unfolded else "empirical"}),
-        device=device,
-        held_out=supplies.held_out,
-    )
+    return correct_biases(graph, state, calib, supplies, device)
 
 
 class _Contest:

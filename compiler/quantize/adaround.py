@@ -2,6 +2,11 @@
 
 Asymmetric reconstruction (eq. 25): each layer, with its activation function, reads what the
 quantized layers before it give and is fitted to its float output.
+
+Unlike the paper, as all settings of the loop (see `reconstruct.Published`): the biases that it
+starts from are corrected; a quarter of the images (some 64 of many) judges and is not trained on;
+and by these, the start is kept for a layer, and for the network, where learning made it no better
+(`keep_best`).
 """
 
 from __future__ import annotations

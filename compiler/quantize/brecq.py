@@ -3,6 +3,10 @@
 As its released script runs it: squared error without Fisher weighting (an option here), the first
 layer rounded to nearest, the second pass on float inputs. Its 8-bit input of the second layer is a
 matter of the plan: `--layer NAME=w4a8`.
+
+Unlike the paper, as all settings of the loop (see `reconstruct.Published`): activation steps of 8
+bits and more stay as calibrated; biases start corrected; a quarter of the images (some 64 of
+many) judges, and by it, what is best is kept per unit and in the end (`keep_best`).
 """
 
 from __future__ import annotations

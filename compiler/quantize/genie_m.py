@@ -3,6 +3,10 @@
 The codes below the weights are frozen at floor(w / s0), so that the step has a gradient of its own;
 elements are dropped as in QDrop. Weights are on the target's grids: symmetric ones with the fixed
 zero point 0 from 4 bits on (what TensorRT and ONNX Runtime take), shifted ones per channel below.
+
+Unlike the paper, as all settings of the loop (see `reconstruct.Published`): activation grids of 8
+bits and more are neither learned nor dropped; biases start corrected; a quarter of the images
+(some 64 of many) judges, and by it, what is best is kept per unit and in the end (`keep_best`).
 """
 
 from __future__ import annotations

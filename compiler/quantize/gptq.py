@@ -15,6 +15,7 @@ by, W3A3: ResNet-8 78.0 / 81.5, SimpleNet 51.6 / 56.4.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ from dfqc.compiler.quantize._hessian import (
 from dfqc.compiler.quantize._walk import Walk, live_bytes
 from dfqc.compiler.spec import LayerPlan, Plan
 
+log = logging.getLogger(__name__)
+
 MEMORY_BYTES = 4 << 30  # of images, where nobody set a limit
 HESSIAN_BYTES = 8 << 30  # of a layer's Hessian, likewise: up to 10,000 weights per channel
 
@@ -78,6 +81,7 @@ class Options(rtn.Options):
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
 _MATRICES = 9  # float64 of the Hessian's size, at once: moments, factors and what they are made of
+_OF_IMAGES = ("asymmetric", "shift_damping", "images")  # options without meaning for `bn`
 _SOLVING = 6.0  # of gathering moments and rounding, in passes of the images that are walked
 
 
@@ -103,10 +107,7 @@ def hessian_bytes(module: nn.Module) -> int:
 
 
 def hessian_room(memory_bytes: int | None) -> int:
-    """Return what one layer's Hessian may take: half of the limit.
-
-    Without a limit a constant: what is built must not depend on the machine.
-    """
+    """Return what a layer's Hessian may take; without a limit the same on every machine."""
     return memory_bytes // 2 if memory_bytes else HESSIAN_BYTES
 
 
@@ -138,8 +139,9 @@ def quantize(
             after `seconds` the layers that are left are rounded to nearest.
 
     Raises:
-        UsageError: `bn` without the unfolded graph.
+        UsageError: `bn` without the unfolded graph, or with options of the images' Hessian.
     """
+    _check(options)
     del rng
     start = time.monotonic()
     deadline = None if supplies.seconds is None else start + supplies.seconds
@@ -154,6 +156,15 @@ def quantize(
     else:
         rounder.round_along(calib.images, device, deadline, supplies.memory_bytes)
     return rounder.state()
+
+
+def _check(options: Options) -> None:
+    unused = [name for name in _OF_IMAGES if name in options.model_fields_set]
+    if options.hessian == "bn" and unused:
+        raise UsageError(
+            f"gptq: hessian=bn sees no images and would not use {', '.join(unused)}: leave "
+            f"{'it' if len(unused) == 1 else 'them'} out, or give hessian=images"
+        )
 
 
 @dataclass
@@ -204,6 +215,9 @@ class _Rounder:
         late = [layer for layer in planned if layer.name not in self.weights]
         for layer in late:
             self._round_nearest(layer, self.graph.module.get_submodule(layer.name))
+        if self.unmeasured:
+            counts = f"{len(self.unmeasured)} of {len(planned)} layers"
+            log.warning("gptq: %s rounded to nearest: %s", counts, ", ".join(self.unmeasured))
         for layer in planned:
             bias = rtn.layer_bias(self.graph.module.get_submodule(layer.name))
             if bias is not None:

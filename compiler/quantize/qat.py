@@ -22,9 +22,8 @@ from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, Quant
 from dfqc.compiler.graph import Graph, node_shapes, on_device
 from dfqc.compiler.judging import split_judges
 from dfqc.compiler.options import plugin_options
-from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, reconstruct, rtn
-from dfqc.compiler.quantize._choice import blind_distance, distance, judging_parts
+from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
 from dfqc.compiler.quantize._kd import Losses, Teacher
 from dfqc.compiler.quantize._student import Student, StudentOptions
 from dfqc.compiler.quantize._targets import make_targets
@@ -196,7 +195,6 @@ def _choose(
     }
     if kept != START:
         info["learned_biases"] = options.lr_bias > 0
-        info.pop("bias_correction", None)
     return dataclasses.replace(states[kept], info=info)
 
 
@@ -225,16 +223,9 @@ def _start(
         progress=progress,
         supplies=dataclasses.replace(supplies, seconds=share),
     )
-    method = "auto" if supplies.unfolded is not None else "empirical"
     if state.info.get("learned_biases"):
         return state
-    return bias.correct(
-        *(graph, supplies.unfolded or graph, state, calib),
-        bias.Options.model_validate({"method": method}),
-        device=device,
-        held_out=supplies.held_out,
-        memory_bytes=supplies.memory_bytes,
-    )
+    return correct_biases(graph, state, calib, supplies, device)
 
 
 def _schedule(options: Options, device: torch.device) -> Schedule:

@@ -22,9 +22,8 @@ from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, Quant
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
 from dfqc.compiler.judging import augmented, split_judges
-from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize import gptq, rtn, squant
-from dfqc.compiler.quantize._choice import judging_parts, keep_best
+from dfqc.compiler.quantize._choice import correct_biases, judging_parts, keep_best
 from dfqc.compiler.quantize._micro import estimate_bytes
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
@@ -82,7 +81,14 @@ class Options(TrainOptions):
 
 
 class Published(Options):
-    """The loop as its papers share it; each of them sets the rest."""
+    """The loop as its papers share it; each of them sets the rest.
+
+    What none of the papers does stays: the states that learning starts from have corrected biases
+    (`--bias-correction none` leaves them); activation grids of 8 bits and more are neither learned
+    nor dropped; every fourth image, or some 64 of many, is put aside and judges; and by these, the
+    start is kept for a unit where learning made it no better, so that the units behind it see that
+    (`keep_best=false` leaves this out).
+    """
 
     rounding: Literal["soft", "flex"] = "soft"
     relative: bool = False
@@ -102,7 +108,7 @@ class Published(Options):
 PRESETS: dict[str, dict[str, object]] = {
     "quick": {"iterations": 250},
     "standard": {"iterations": 1000, "tune_iterations": 300},
-    "max": {"iterations": 20_000},
+    "max": {"iterations": 20_000, "tune_iterations": 300},
 }
 # Ranges, bias corrections and comparisons, in passes of the calibration set.
 _JUDGING = 20.0
@@ -219,6 +225,11 @@ def _check(options: Options) -> None:
             "unit=layer: output_weight and weighting=fisher follow a unit's output to the end of "
             "the network, which needs unit=block"
         )
+    if options.inputs == "mixed" and not options.drop:
+        raise UsageError(
+            "inputs=mixed: draws elements of the float input by the share drop, got drop=0; give a "
+            "drop above 0, or inputs=quantized"
+        )
     if options.unit == "layer" and options.merge > 1:
         raise UsageError("merge: takes blocks together, got unit=layer; use unit=block")
 
@@ -246,11 +257,5 @@ def _ready(
             device=device,
             supplies=supplies,
         )
-        states[name] = bias.correct(
-            *(graph, supplies.unfolded or graph, state, calib),
-            bias.Options.model_validate({"method": "auto" if supplies.unfolded else "empirical"}),
-            device=device,
-            held_out=supplies.held_out,
-            memory_bytes=supplies.memory_bytes,
-        )
+        states[name] = correct_biases(graph, state, calib, supplies, device)
     return states

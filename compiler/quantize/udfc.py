@@ -33,6 +33,7 @@ from dfqc.compiler.contracts import (
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, copy_graph, layer_nodes
 from dfqc.compiler.passes._outputs import Outputs
+from dfqc.compiler.passes.bias import RESTORED
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.restore import Compensation, Restorer
 from dfqc.compiler.passes.restore import Options as RestoreOptions
@@ -220,6 +221,7 @@ class _Rounder:
             "method": self.options.method,
             "restored_means": self.options.mean_fix,
             "rounded_last": self.again,
+            RESTORED: True,
         }
         return QuantState(self.plan, weights, biases, acts, info)
 
