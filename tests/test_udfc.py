@@ -16,6 +16,7 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.frontend import trace
 from dfqc.compiler.loading import ImageOverrides, load_model
 from dfqc.compiler.passes import bias
+from dfqc.compiler.passes.bias import analytic_biases
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.restore import Options as RestoreOptions
 from dfqc.compiler.passes.restore import restore
@@ -209,6 +210,18 @@ def test_on_a_real_network_pruning_and_rounding_cost_little(assets):
     whole = fold(graph)
     rounded = run(whole, QuantizerSupplies(unfolded=graph), Bits(6, 32))
     assert exact - top1(simulated(whole, rounded, integer=False), batches) <= 0.4
+
+
+def test_an_analytic_correction_starts_from_the_restored_biases():
+    graph = models.trace_tiny("residual")
+    folded = fold(graph)
+    state = run(folded, QuantizerSupplies(unfolded=graph), Bits(4, 32))
+    found, _ = analytic_biases(folded, graph, state)
+    plain, _ = analytic_biases(folded, graph, dataclasses.replace(state, info={}))
+    own = {name: folded.module.get_submodule(name).bias for name in found}
+    assert max((state.biases[n] - own[n]).abs().max() for n in found) > 1e-3
+    for name, value in found.items():
+        torch.testing.assert_close(value - plain[name], state.biases[name] - own[name])
 
 
 def test_options_of_the_ranges_are_those_of_rounding_to_nearest():
