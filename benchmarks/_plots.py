@@ -21,14 +21,17 @@ def write_bars(rows: Sequence[dict[str, Any]], output: Path) -> None:
         shown = [r for r in rows if (r["engine"], r["threads"], r["batch"]) == (engine, 1, 1)]
         if not shown:
             continue
-        labels = [k for k, v in shown[0].items() if isinstance(v, dict) and k != "float"]
+        timed = (k for r in shown for k, v in r.items() if isinstance(v, dict) and "cpu_ms" in v)
+        labels = [k for k in dict.fromkeys(timed) if k != "float"]
         figure, axes = pyplot.subplots(figsize=(2 + 1.2 * len(shown), 4))
         width = 0.8 / len(labels)
         for index, label in enumerate(labels):
             places = [
                 number + (index - len(labels) / 2 + 0.5) * width for number in range(len(shown))
             ]
-            heights = [r["float"]["cpu_ms"] / r[label]["cpu_ms"] for r in shown]
+            heights = [
+                r["float"]["cpu_ms"] / r[label]["cpu_ms"] if label in r else 0 for r in shown
+            ]
             axes.bar(places, heights, width, label=label, color=COLORS[index % len(COLORS)])
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(shown)), [r["net"] for r in shown], rotation=20, ha="right")

@@ -28,6 +28,7 @@ from _tables import Columns, render_table, save_results, table_line, write_resul
 from dfqc.backends import _ort_census, _ov_census, openvino, ort
 from dfqc.compiler.bench import sample
 from dfqc.compiler.contracts import CalibSet, Runner
+from dfqc.compiler.errors import LoadError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.plan import make_plan
@@ -94,7 +95,7 @@ def main() -> int:
         for name in names:
             prepare(name, assets.get(name), options)
         return 0
-    rows: list[dict[str, Any]] = []
+    rows = _measured(options.output)
     words = iter(sys.argv[1:])
     told = [w for w in words if w != "--work" or not next(words)]  # a place of this machine
     command = " ".join(["python", "benchmarks/speed.py", "--work", "DIR", *told])
@@ -102,6 +103,8 @@ def main() -> int:
         for engine in options.engines:
             for threads in options.threads:
                 for batch in options.batches:
+                    if any(_setting(row) == (name, engine, threads, batch) for row in rows):
+                        continue
                     rows.append(measure(name, engine, threads, batch, options))
                     print(table_line(COLUMNS, rows[-1]), flush=True)
         save_results(rows, render(rows, command), options.output)
@@ -164,16 +167,21 @@ def measure(
     files = {"float": folder / "float.onnx"}
     files |= {bits: folder / f"{engine}-{bits}.onnx" for bits in options.bits}
     files |= {peer: folder / _peers.file_of(peer, engine) for peer in PEERS[engine]}
-    runners = {
-        label: Clocked(_peers.open_file(ENGINES[engine], path, threads))
-        for label, path in files.items()
-    }
+    runners, refused = {}, {}
+    for label, path in files.items():
+        try:
+            runners[label] = Clocked(_peers.open_file(ENGINES[engine], path, threads))
+        except LoadError as error:
+            if label not in PEERS[engine]:
+                raise
+            refused[label] = str(error)  # a peer's file that the engine does not take
     facts = {b: json.loads(files[b].with_suffix(".json").read_text()) for b in options.bits}
     size = facts[options.bits[0]]["image"]
     images = np.random.default_rng(0).standard_normal((batch, *size), np.float32)
     seconds = options.seconds * len(runners)
     wall = sample(runners, images, warmup=WARMUP, runs=CALLS, seconds=seconds)
     row: dict[str, Any] = {"net": name, "engine": engine, "threads": threads, "batch": batch}
+    row["refused"] = refused
     for label, runner in runners.items():
         row[label] = {
             "wall_ms": float(np.median(wall[label])),
@@ -187,6 +195,16 @@ def measure(
     return row
 
 
+def _measured(output: Path | None) -> list[dict[str, Any]]:
+    """Return the rows of a run that was cut off."""
+    file = output and output.with_suffix(".json")
+    return json.loads(file.read_text()) if file and file.is_file() else []
+
+
+def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("net", "engine", "threads", "batch"))
+
+
 def ratio(row: Mapping[str, Any], label: str) -> float:
     """Return how many times as fast as float: by CPU time of one thread, by the clock of more."""
     clock = "cpu_ms" if row["threads"] == 1 else "wall_ms"
@@ -194,7 +212,7 @@ def ratio(row: Mapping[str, Any], label: str) -> float:
 
 
 def _ratio(label: str) -> Any:
-    return lambda row: f"{ratio(row, label):.2f}" if label in row else ""
+    return lambda row: f"{ratio(row, label):.2f}" if label in row else "refused"
 
 
 COLUMNS: Columns = (
@@ -211,7 +229,10 @@ SIZES: Columns = (
     ("engine", lambda r: r["engine"]),
     ("float kB", lambda r: f"{r['float']['bytes'] / 1e3:.0f}"),
     *(
-        (f"{label} kB", lambda r, label=label: f"{r[label]['bytes'] / 1e3:.0f}")
+        (
+            f"{label} kB",
+            lambda r, label=label: f"{r[label]['bytes'] / 1e3:.0f}" if label in r else "",
+        )
         for label in (*BITS, "onnxruntime", "nncf")
     ),
     ("x ideal", lambda r: " ".join(f"{r[bits]['ideal_ratio']:.3f}" for bits in BITS)),
