@@ -113,10 +113,17 @@ def test_weights_below_eight_bits_are_unpacked_once_at_load(tmp_path):
 
 
 @needs_openvino
-def test_a_residual_add_disappears_into_the_convolution(tmp_path):
+def test_a_residual_add_is_no_kernel_of_its_own_behind_a_projection_and_one_behind_an_identity(
+    tmp_path,
+):
     path = tmp_path / "model.onnx"
     lowered("residual", "w8a8", path)
-    assert not any(n["layerType"] == "Eltwise" for n in target.compiled_nodes(path))
+    nodes = [(n["layerType"], n["originalLayersNames"]) for n in target.compiled_nodes(path)]
+    (projected,) = (names for kind, names in nodes if "relu_4.a8" in names.split(","))
+    assert "layer2.conv2" in projected.split(",")
+    (identity,) = ((kind, names) for kind, names in nodes if "relu_2.a8" in names.split(","))
+    assert identity[0] == "Subgraph"
+    assert "layer1.conv2" not in identity[1]
 
 
 @needs_openvino
