@@ -11,7 +11,6 @@ network that is built and needs no images; this one gives images to other quanti
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -171,7 +170,7 @@ def _play(game: Game, seconds: float | None, progress: Progress) -> dict[str, An
             sound = part
     if notes[-1]["collapse"] and sound is not None:
         game.restore(sound.tensors)
-    elif notes[-1]["collapse"] and not math.isfinite(notes[-1]["loss"]):
+    elif notes[-1]["collapse"] and notes[-1]["loss"] is None:  # it was no number
         raise UsageError(
             f"adadfq: the game broke down in its first part ({notes[-1]['collapse']}), so there is "
             "no generator to draw from: lower its rates (--synth-option "

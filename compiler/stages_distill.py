@@ -112,16 +112,16 @@ def distill(context: Context) -> TrainState:
     job: DistillJob = context.settings
     trainer = _open_trainer(context)
     progress = context.progress()
-    state: TrainState = context.checkpoint({"segment": 0}, trainer.begin, save_state, load_state)
+    # What was trained under one budget is gone on with under another.
+    keep = functools.partial(context.checkpoint, without=("budget",))
+    state: TrainState = keep({"segment": 0}, trainer.begin, save_state, load_state)
     number = 0
     while not state.finished:
         number += 1
         advance = functools.partial(
             trainer.advance, state, seconds=context.share_of_time(_SHARE), progress=progress
         )
-        state = context.checkpoint(
-            {"segment": number}, advance, save_state, load_state, cut_short=_is_shortened
-        )
+        state = keep({"segment": number}, advance, save_state, load_state, cut_short=_is_shortened)
         log.info("%s", describe_point(state.curve[-1]))
     if state.stopped:
         log.warning("the training was stopped: %s; the best student so far is kept", state.stopped)

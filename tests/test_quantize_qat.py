@@ -280,3 +280,8 @@ def test_a_build_ships_what_was_trained_and_the_engine_computes_it(shared, capsy
     assert about["last"]["done"] == 10
     assert about["collapsed"] == ""
     assert manifest["parity"]["argmax_agreement"] >= 99
+
+
+def test_biases_that_the_start_learned_stay_learned_ones():
+    state = run(lr_bias=0.0, iterations=4, start="reconstruct", keep_best=False)
+    assert state.info["learned_biases"]

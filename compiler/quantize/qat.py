@@ -194,7 +194,8 @@ def _choose(
         "shortened": bool(start.info.get("shortened")) or (last is not None and last.shortened),
     }
     if kept != START:
-        info["learned_biases"] = options.lr_bias > 0
+        before = bool(start.info.get("learned_biases"))  # and the weights were trained with those
+        info["learned_biases"] = before or options.lr_bias > 0
     return dataclasses.replace(states[kept], info=info)
 
 
