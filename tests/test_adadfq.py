@@ -349,5 +349,5 @@ def test_bfloat16_changes_little_and_keeps_the_type():
 
 
 def test_a_game_that_breaks_down_at_once_says_what_to_lower():
-    with pytest.raises(UsageError, match="broke down in its first part.*lr_generator"):
+    with pytest.raises(UsageError, match=r"broke down in its first part.*lr_generator"):
         make(trained("residual"), lr_generator=1e30, lr_student=1e30)
