@@ -15,7 +15,7 @@ from dfqc.calib._bns import Moments
 from dfqc.calib._conditional import LATENT, ConditionalGenerator, count_weights
 from dfqc.calib._player import Player, count_classes
 from dfqc.compiler.contracts import CalibSet, Supplies
-from dfqc.compiler.errors import UnsupportedError, UsageError
+from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.quantize._entropy import entropy, student_loss
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
@@ -346,8 +346,3 @@ def test_bfloat16_changes_little_and_keeps_the_type():
     made = make(trained("plain"), precision="bfloat16")
     assert made.images.dtype == torch.float32
     assert torch.isfinite(made.images).all()
-
-
-def test_a_game_that_breaks_down_at_once_says_what_to_lower():
-    with pytest.raises(UsageError, match=r"broke down in its first part.*lr_generator"):
-        make(trained("residual"), lr_generator=1e30, lr_student=1e30)

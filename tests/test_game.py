@@ -8,8 +8,10 @@ import torch
 import models
 import quantized
 from classifiers import trained
+from dfqc.calib import adadfq
 from dfqc.compiler import calib_quality
 from dfqc.compiler.contracts import QParams
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.opponent import Move
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.plan import make_plan
@@ -212,3 +214,13 @@ def test_rates_fall_at_the_milestones():
     game = make_game(iterations=8, warm_up=0.0, lr_student=0.01, milestones=(0.25, 0.75))
     rates = [game.optimizer.param_groups[0]["lr"] for _ in game.play(8)]
     assert rates == pytest.approx([0.01, 0.01] + [1e-3] * 4 + [1e-4] * 2)
+
+
+def test_images_of_a_game_that_breaks_down_at_once_are_refused_with_what_to_lower():
+    settings = adadfq.Options(
+        iterations=8, game_batch=6, channels=8, lr_generator=1e30, lr_student=1e30
+    )
+    with pytest.raises(UsageError, match=r"broke down in its first part.*lr_generator"):
+        adadfq.synthesize(
+            trained("residual"), 4, settings, rng=torch.Generator().manual_seed(0), device=CPU
+        )
