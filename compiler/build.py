@@ -66,7 +66,7 @@ def run_plan(
     flags: Mapping[str, Any], recipe_file: Path | None, listener: Listener = Listener()
 ) -> dict[str, Any]:
     """Return each layer's fate, what the build will cost, and what the store already has."""
-    from dfqc.compiler.estimate import estimate
+    from dfqc.compiler.estimate import estimate, narrow_share
 
     job = make_job(make_recipe(flags, recipe_file))
     recipe = job.recipe
@@ -78,11 +78,12 @@ def run_plan(
         cut = driver.value("prune")
         graph = cut.graph or driver.value("trace")
         free = _free(job, plan)
+        narrow = narrow_share(plan_from_json(plan), free)
         stages = [dataclasses.asdict(e) for e in make_driver(job, store).explain()]
         stored = {row["name"] for row in stages if row["status"] == "hit"}
         costs = [
             dataclasses.asdict(row) | {"stored": row.stage in stored}
-            for row in estimate(job, graph, facts, data)
+            for row in estimate(job, graph, facts, data, narrow)
         ]
     for layer in plan["layers"]:
         if layer["name"] in free:

@@ -267,12 +267,27 @@ class QuantizerPlugin(Protocol):
 
     Options: type[Any]
 
-    def count_passes(self, options: Any, samples: int) -> float:
-        """Return the images that go through the network in all, a backward pass counted as two."""
+    def count_passes(self, options: Any, samples: int, narrow: float = 1.0) -> float:
+        """Return the images that go through the network in all, a backward pass counted as two.
+
+        Args:
+            options: of this plug-in.
+            samples: calibration images.
+            narrow: the share of the layers that have less than 8 bits.
+        """
         ...
 
-    def count_bytes(self, options: Any, graph: Graph, samples: int) -> int:
-        """Return what is kept beside the model, the images and one batch's activations."""
+    def count_bytes(
+        self, options: Any, graph: Graph, samples: int, memory_bytes: int | None = None
+    ) -> int:
+        """Return what is kept beside the model, the images and one batch's activations.
+
+        Args:
+            options: of this plug-in.
+            graph: what is quantized.
+            samples: calibration images.
+            memory_bytes: `--memory`.
+        """
         ...
 
     def quantize(

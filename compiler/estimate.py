@@ -6,7 +6,7 @@ One forward pass of the traced model is timed here and scaled: good to about a f
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from dfqc.compiler.allocate import CHUNK_BYTES, WIDTHS, images_for
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.pruning import quantizer_overrides
+from dfqc.compiler.spec import MAX_BITS, Plan
 from dfqc.compiler.stages_calib import HELD_OUT, MATCHED
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def estimate(
     graph: Graph,
     facts: Mapping[str, Any],
     data: Mapping[str, Any],
+    narrow: float = 1.0,
     *,
     seconds_per_image: float | None = None,
 ) -> list[Estimate]:
@@ -52,6 +54,7 @@ def estimate(
         graph: the traced model.
         facts: what the trace stage says of it.
         data: what the data stage found.
+        narrow: the share of the layers that get less than 8 bits.
         seconds_per_image: of a forward pass; measured here if it is not given.
     """
     recipe = job.recipe
@@ -75,7 +78,7 @@ def estimate(
         *_refit(recipe, image, activations),
         *_allocation(recipe, facts, image),
         *_autotune(recipe, facts, image),
-        _quantization(recipe, graph, image, pixels, activations),
+        _quantization(recipe, graph, image, pixels, activations, narrow),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
         *([Estimate("pruned", 2.0 + weights / 50e6, 6 * weights)] if recipe.prunes else []),
@@ -87,15 +90,30 @@ def estimate(
     return [Estimate(r.stage, r.seconds, _BASE_BYTES + 2 * weights + r.peak_bytes) for r in rows]
 
 
+def narrow_share(plan: Plan, free: Collection[str] = ()) -> float:
+    """Return the share of the layers, or of the activations, that have less than 8 bits.
+
+    Args:
+        plan: what every layer gets.
+        free: layers whose weight bits are chosen later; they may become narrow.
+    """
+    layers = [
+        name in free or (layer.weight is not None and layer.weight.bits < MAX_BITS)
+        for name, layer in plan.layers.items()
+    ]
+    acts = [one.scheme.bits < MAX_BITS for one in plan.quantizers.values()]
+    return max((sum(part) / len(part) for part in (layers, acts) if part), default=0.0)
+
+
 def _quantization(
-    recipe: Recipe, graph: Graph, image: float, pixels: int, activations: int
+    recipe: Recipe, graph: Graph, image: float, pixels: int, activations: int, narrow: float
 ) -> Estimate:
     """Return what the quantizer says of itself: passes of the network, and caches."""
     plugin = plugins.load("quantizer", recipe.quantizer)
     overrides = quantizer_overrides(recipe)
     options = plugin_options(plugin, recipe.quantizer, recipe.effort, overrides)
-    seconds = plugin.count_passes(options, recipe.samples) * image
-    kept = plugin.count_bytes(options, graph, recipe.samples)
+    seconds = plugin.count_passes(options, recipe.samples, narrow) * image
+    kept = plugin.count_bytes(options, graph, recipe.samples, recipe.memory_bytes)
     return Estimate("quantize", seconds, pixels + _QUANTIZER_BATCH * activations + kept)
 
 

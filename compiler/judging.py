@@ -34,21 +34,48 @@ def mean_divergence(found: Iterable[float]) -> float:
 
 
 def augmented(images: Tensor, copies: int, rng: torch.Generator) -> Tensor:
-    """Return the images and, behind them, `copies` - 1 others of each, mirrored and shifted.
+    """Return the images and, behind them, `copies` - 1 others of each, mirrored and shifted."""
+    return Copies(images, copies, rng).read(slice(None), images.device)
+
+
+class Copies:
+    """The images and, behind them, others of each, mirrored and shifted when they are read.
 
     What is learned is what the float network answers, to any image: each is its own label.
     """
-    host = torch.Generator().manual_seed(rng.initial_seed())
-    made = [images]
-    for _ in range(copies - 1):
-        mirrored = torch.rand(len(images), generator=host) < 0.5
+
+    def __init__(self, images: Tensor, copies: int, rng: torch.Generator) -> None:
+        """Draw how every copy is moved.
+
+        Args:
+            images: (n, c, h, w); the only pixels that are held.
+            copies: of each, itself included.
+            rng: its seed decides.
+        """
+        host = torch.Generator().manual_seed(rng.initial_seed())
+        self.images = images
+        self.mirrored = [torch.zeros(len(images), dtype=torch.bool)]
+        self.ways = [(0, 0)] * len(images)
         limits = [round(SHIFT * side) for side in images.shape[2:]]
-        ways = [
-            tuple(int(torch.randint(-n, n + 1, (), generator=host)) for n in limits)
-            for _ in range(len(images))
-        ]
-        made.append(move(images, mirrored, ways))
-    return torch.cat(made)
+        for _ in range(copies - 1):
+            self.mirrored.append(torch.rand(len(images), generator=host) < 0.5)
+            for _ in range(len(images)):
+                down, right = (int(torch.randint(-n, n + 1, (), generator=host)) for n in limits)
+                self.ways.append((down, right))
+
+    def __len__(self) -> int:
+        """Return the number of images, copies included."""
+        return len(self.ways)
+
+    def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
+        """Return some of them."""
+        numbers = torch.arange(len(self))[index]
+        ways = [self.ways[number] for number in numbers.tolist()]
+        chosen = self.images[(numbers % len(self.images)).to(self.images.device)]
+        return move(chosen, torch.cat(self.mirrored)[numbers], ways).to(device)
+
+    def free(self) -> None:
+        """Nothing is held but the images."""
 
 
 def move(images: Tensor, mirrored: Tensor, ways: Iterable[tuple[int, ...]]) -> Tensor:

@@ -70,7 +70,10 @@ def _bits(raw: Mapping[str, int]) -> str:
 
 
 # What some quantizers say and others do not.
-_OWN = ("last", "collapsed", "start", "hessian", "images", "rounded_to_nearest", "spilled_bytes")
+_OWN = (
+    *("last", "collapsed", "start", "hessian", "images", "rounded_to_nearest", "spilled_bytes"),
+    *("led_astray", "matched_distance"),
+)
 
 
 def describe_quantization(build: Build) -> dict[str, Any]:

@@ -3,8 +3,12 @@ from types import SimpleNamespace
 import pytest
 
 import models
-from dfqc.compiler.estimate import estimate
+from dfqc.backends import ort
+from dfqc.compiler.estimate import estimate, narrow_share
+from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.plan import make_plan
 from dfqc.compiler.recipe import make_recipe
+from dfqc.compiler.spec import parse_bits
 from dfqc.compiler.stages import model_facts
 
 
@@ -66,3 +70,33 @@ def test_choosing_bits_costs_half_a_pass_per_layer_and_width(graph):
     assert seconds == pytest.approx(32 * 7 * 5 / 2 * 0.01)
     assert rows(graph, samples=256, avg_bits=4.0)["allocate"].seconds == pytest.approx(2 * seconds)
     assert rows(graph, samples=32, size="1m")["allocate"].seconds > seconds + 4
+
+
+def test_units_with_8_bits_learn_nothing_and_cost_nothing(graph):
+    def seconds(narrow, **flags):
+        job = SimpleNamespace(recipe=make_recipe({"model": "net.pt", "samples": 64, **flags}))
+        found = estimate(job, graph, model_facts(graph), {}, narrow, seconds_per_image=0.01)
+        return next(row.seconds for row in found if row.stage == "quantize")
+
+    none, half, every = (seconds(share) for share in (0.0, 0.5, 1.0))
+    assert 5 * none < half < every
+    # The published loops learn them too.
+    assert seconds(0.5, quantizer="brecq") == seconds(1.0, quantizer="brecq")
+
+
+def test_the_share_of_narrow_layers_counts_weights_and_activations(graph):
+    def share(bits, free=()):
+        plan = make_plan(fold(graph), ort.TARGET, parse_bits(bits), [], ends=parse_bits("w8a8"))
+        return narrow_share(plan, free)
+
+    layers = make_plan(fold(graph), ort.TARGET, parse_bits("w8a8"), [], ends=None).layers
+    assert share("w8a8") == 0
+    assert share("w4a8") == pytest.approx((len(layers) - 2) / len(layers))
+    assert 0 < share("w8a4") < 1
+    assert share("w8a8", free=tuple(layers)[:1]) == pytest.approx(1 / len(layers))
+
+
+def test_a_limit_on_memory_is_kept_by_the_estimate(graph):
+    large = {"samples": 1024, "effort": "quick"}
+    free, bound = (rows(graph, **large, memory=memory) for memory in ("64g", "100m"))
+    assert bound["quantize"].peak_bytes < free["quantize"].peak_bytes

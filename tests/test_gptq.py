@@ -10,7 +10,7 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import copy_graph, layer_nodes
 from dfqc.compiler.moments import folded_moments
 from dfqc.compiler.quantize import gptq, rtn
-from dfqc.compiler.quantize._hessian import measure_moments
+from dfqc.compiler.quantize._hessian import hessian_bytes, measure_moments
 from dfqc.compiler.simulate import simulated
 
 CPU = torch.device("cpu")
@@ -224,7 +224,7 @@ def test_options_out_of_range_are_refused(wrong):
 def test_a_hessian_that_does_not_fit_is_not_made_and_the_layer_is_named():
     graph = quantized.folded("residual")
     plan = quantized.plan(graph, "w4a8")
-    sizes = {n: gptq.hessian_bytes(graph.module.get_submodule(n)) for n in plan.layers}
+    sizes = {n: hessian_bytes(graph.module.get_submodule(n)) for n in plan.layers}
     largest = max(sizes.values())
     assert 0 < sum(size == largest for size in sizes.values()) < len(sizes)
     state = gptq.quantize(
@@ -242,5 +242,5 @@ def test_a_hessian_that_does_not_fit_is_not_made_and_the_layer_is_named():
 def test_the_largest_hessian_is_counted():
     graph = quantized.folded("residual")
     layers = [graph.module.get_submodule(name) for name, _ in layer_nodes(graph)]
-    largest = max(gptq.hessian_bytes(layer) for layer in layers)
+    largest = max(hessian_bytes(layer) for layer in layers)
     assert gptq.count_bytes(gptq.Options(), graph, 1) >= largest > 0

@@ -10,8 +10,7 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes import bias
 from dfqc.compiler.passes.fold import fold
-from dfqc.compiler.quantize import reconstruct
-from dfqc.compiler.quantize._choice import judging_parts
+from dfqc.compiler.quantize import gptq, reconstruct
 from dfqc.compiler.quantize.reconstruct import Options
 from dfqc.compiler.simulate import simulated
 
@@ -43,21 +42,33 @@ def distance(net, state):
     return quantized.judged(quantized.folded(net), state, quantized.calib().images, HELD_OUT)
 
 
-def test_what_judges_are_moved_copies_of_what_was_put_aside():
-    own = quantized.calib().images[3::4]
-    first, images = judging_parts(own, QuantizerSupplies(held_out=HELD_OUT))
-    assert torch.equal(first, own)
-    assert len(images) == 4 * len(own)
-    assert torch.equal(images, judging_parts(own, QuantizerSupplies())[1])
-    assert not torch.equal(images[: len(own)], own)
-    total = own.double().sum((1, 2, 3)).repeat(4)  # moved pixels are all still there
-    torch.testing.assert_close(images.double().sum((1, 2, 3)), total)
+def test_what_was_led_astray_is_not_kept():
+    graph, asked = quantized.folded("residual"), {"bits": "w4a4", "iterations": 60}
+    bare = {"unfolded": quantized.traced("residual"), "bias_correction": "none"}
+    tuned = run(supplies=QuantizerSupplies(**bare), **asked, keep_best=False)
+    closed = gptq.quantize(
+        *(graph, quantized.calib(), tuned.plan, gptq.Options()),
+        rng=torch.Generator(),
+        device=CPU,
+        supplies=QuantizerSupplies(**bare),
+    )
+    many = models.images(96, seed=21)
 
+    def divergence(state):
+        with torch.no_grad():
+            wanted = graph.module(many).double().log_softmax(1)
+            by = simulated(graph, state, integer=False).module(many).double().log_softmax(1)
+        return (wanted.exp() * (wanted - by)).sum(1)
 
-def test_of_few_images_the_held_out_ones_that_look_like_data_judge():
-    (images,) = judging_parts(torch.empty(0), QuantizerSupplies(held_out=HELD_OUT, fitting=5))
-    assert torch.equal(images, HELD_OUT[:5])
-    assert judging_parts(torch.empty(0), QuantizerSupplies()) == []
+    # Images that the closed form does better on, as if they were what another synthesizer makes.
+    judge = many[(divergence(tuned) - divergence(closed)).topk(8).indices]
+    state = run(supplies=QuantizerSupplies(**bare, held_out=judge, fitting=8), **asked)
+    scores, beyond = state.info["heldout_distance"], state.info["matched_distance"]
+    assert min(scores, key=scores.get) == "tuned"
+    assert 4 / 3 * beyond["start"] < beyond["tuned"]
+    assert "tuned" in state.info["led_astray"]
+    left = [n for n in ("closed", "reconstructed") if n not in state.info["led_astray"]]
+    assert state.info["kept"] == min(left, key=scores.get)
 
 
 def same(first, second):

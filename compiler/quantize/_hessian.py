@@ -20,6 +20,8 @@ from dfqc.compiler.moments import Moments
 
 CORRELATION = 0.6  # of neighboring positions in one channel
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples fill [0, 1) evenly
+HESSIAN_BYTES = 8 << 30  # of a layer's, where nobody set a limit: up to 10,000 weights per channel
+_MATRICES = 9  # float64 of the Hessian's size, at once: moments, factors and what they are made of
 _GATHER_BYTES = 1 << 26  # patches are held this many bytes at a time
 
 
@@ -173,3 +175,16 @@ def _correlations(module: nn.Conv2d | nn.Linear) -> Tensor:
     spatial = torch.kron(near[0].contiguous(), near[1].contiguous())
     channels = torch.eye(module.in_channels // module.groups, dtype=torch.float64)
     return torch.kron(channels, spatial)
+
+
+def hessian_bytes(module: nn.Module) -> int:
+    """Return what rounding a layer by its Hessian takes, counting every matrix of that size."""
+    if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return 0
+    groups, dim = group_shape(module)
+    return _MATRICES * 8 * groups * dim**2
+
+
+def hessian_room(memory_bytes: int | None) -> int:
+    """Return what a layer's Hessian may take; without a limit the same on every machine."""
+    return memory_bytes // 2 if memory_bytes else HESSIAN_BYTES

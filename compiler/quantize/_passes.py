@@ -27,7 +27,7 @@ from dfqc.compiler.quantize._learned import LearnedGrid
 from dfqc.compiler.quantize._micro import training_bytes
 from dfqc.compiler.quantize._rounding import FlexRounding, SoftRounding
 from dfqc.compiler.quantize._schedule import Clock, Report
-from dfqc.compiler.quantize._stream import Stream
+from dfqc.compiler.quantize._stream import Rows, Stream
 from dfqc.compiler.quantize._targets import Targets
 from dfqc.compiler.quantize._train import TrainOptions, UnitData, train_unit
 from dfqc.compiler.quantize._tune import tune
@@ -88,7 +88,7 @@ class Run:
     graph: Graph
     plan: Plan
     options: Options
-    images: Tensor
+    images: Rows
     held_out: Tensor
     ready: Mapping[str, QuantState]
     seed: int
@@ -127,7 +127,7 @@ class Run:
                     units,
                     states,
                     self._stream(self.images, budget),
-                    self._stream(self.held_out, budget),
+                    self._stream(Cache(self.held_out, budget), budget),
                     trainer,
                     supplies.checkpoint,
                     {"pass": one.name},
@@ -185,9 +185,8 @@ class Run:
         names = (CLOSED, NEAREST, *states)
         return states[next(name for name in names if name in states)]
 
-    def _stream(self, images: Tensor, budget: Budget) -> Stream:
-        source = Cache(images, budget)
-        return Stream(source, budget, self.options.cache, self.options.pass_size, self.device)
+    def _stream(self, images: Rows, budget: Budget) -> Stream:
+        return Stream(images, budget, self.options.cache, self.options.pass_size, self.device)
 
 
 def all_wide(plan: Plan) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, fx
 
-from dfqc.compiler.quantize._caches import Budget, Cache, Source, fill
+from dfqc.compiler.quantize._caches import Budget, Source, fill
 
 CacheKind = Literal["float32", "float16", "recompute"]
 Function = Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ class Stream:
     Behind the first unit both hold the images themselves.
     """
 
-    images: Cache
+    images: Rows
     budget: Budget
     kind: CacheKind
     batch: int

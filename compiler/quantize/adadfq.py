@@ -86,20 +86,22 @@ _START_SHARE = 0.4  # of the time, for a reconstruction before the game
 _PASSES = 8.0
 
 
-def count_passes(options: Options, samples: int) -> float:
+def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
     """Return the images that go through the network, a backward pass counted as two."""
     start = 0.0
     if options.start == "reconstruct":
-        start = reconstruct.count_passes(_start_options(options), samples)
+        start = reconstruct.count_passes(_start_options(options), samples, narrow)
     return start + _PASSES * options.iterations * options.game_batch + 6.0 * samples
 
 
-def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+def count_bytes(
+    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+) -> int:
     """Return what is kept: the student thrice, and the generator with its optimizer."""
     maker = plugins.load("synthesizer", OPPONENT)
     start = 0
     if options.start == "reconstruct":
-        start = reconstruct.count_bytes(_start_options(options), graph, samples)
+        start = reconstruct.count_bytes(_start_options(options), graph, samples, memory_bytes)
     players = 4 * 6 * count_params(graph) + int(maker.count_player_bytes(graph, options))
     return max(start, players)
 

@@ -51,7 +51,8 @@ from dfqc.compiler.quantize._columns import (
 from dfqc.compiler.quantize._hessian import (
     SecondMoments,
     derive_moments,
-    group_shape,
+    hessian_bytes,
+    hessian_room,
     measure_moments,
 )
 from dfqc.compiler.quantize._walk import Walk, live_bytes
@@ -60,7 +61,6 @@ from dfqc.compiler.spec import LayerPlan, Plan
 log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 4 << 30  # of images, where nobody set a limit
-HESSIAN_BYTES = 8 << 30  # of a layer's Hessian, likewise: up to 10,000 weights per channel
 
 
 class Options(rtn.Options):
@@ -80,35 +80,24 @@ class Options(rtn.Options):
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
-_MATRICES = 9  # float64 of the Hessian's size, at once: moments, factors and what they are made of
 _OF_IMAGES = ("asymmetric", "shift_damping", "images")  # options without meaning for `bn`
 _SOLVING = 6.0  # of gathering moments and rounding, in passes of the images that are walked
 
 
-def count_passes(options: Options, samples: int) -> float:
+def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
     """Return the images that go through the network: for ranges, and along both lanes."""
     return rtn.count_passes(options, samples) + (2 + _SOLVING) * min(options.images, samples)
 
 
-def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+def count_bytes(
+    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+) -> int:
     """Return what is kept: the walked images' live activations in both lanes, and a Hessian's."""
     layers = [graph.module.get_submodule(name) for name, _ in layer_nodes(graph)]
-    room = hessian_room(None)
+    room = hessian_room(memory_bytes)
     largest = max((size for size in map(hessian_bytes, layers) if size <= room), default=0)
-    return min(MEMORY_BYTES, min(options.images, samples) * 2 * live_bytes(graph)) + largest
-
-
-def hessian_bytes(module: nn.Module) -> int:
-    """Return what rounding a layer by its Hessian takes, counting every matrix of that size."""
-    if not isinstance(module, (nn.Conv2d, nn.Linear)):
-        return 0
-    groups, dim = group_shape(module)
-    return _MATRICES * 8 * groups * dim**2
-
-
-def hessian_room(memory_bytes: int | None) -> int:
-    """Return what a layer's Hessian may take; without a limit the same on every machine."""
-    return memory_bytes // 2 if memory_bytes else HESSIAN_BYTES
+    walked = max(0, memory_bytes // 2 - largest) if memory_bytes else MEMORY_BYTES
+    return min(walked, min(options.images, samples) * 2 * live_bytes(graph)) + largest
 
 
 def quantize(

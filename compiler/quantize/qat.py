@@ -83,18 +83,20 @@ _ADAM = 5  # weight, gradient, both moments and the rounded weight
 _SEED = 51_001
 
 
-def count_passes(options: Options, samples: int) -> float:
+def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
     """Return the images that go through the network, those of the start among them."""
     plugin, chosen = _start_of(options)
-    ready: float = plugin.count_passes(chosen, samples)
+    ready: float = plugin.count_passes(chosen, samples, narrow)
     trained = options.iterations * min(options.batch_size, samples)
     return ready + _JUDGING * samples + _TRAINING * trained
 
 
-def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+def count_bytes(
+    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+) -> int:
     """Return what is kept: the optimizer's numbers, and a batch's activations for the gradient."""
     plugin, chosen = _start_of(options)
-    ready: int = plugin.count_bytes(chosen, graph, samples)
+    ready: int = plugin.count_bytes(chosen, graph, samples, memory_bytes)
     weights = sum(p.numel() for p in graph.module.parameters())
     values = sum(math.prod(shape[1:]) for shape in node_shapes(graph).values())
     batch = min(options.batch_size, samples)

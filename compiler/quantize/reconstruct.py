@@ -21,9 +21,9 @@ from pydantic import ConfigDict, Field
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
-from dfqc.compiler.judging import augmented, split_judges
+from dfqc.compiler.judging import Copies, split_judges
 from dfqc.compiler.quantize import gptq, rtn, squant
-from dfqc.compiler.quantize._choice import correct_biases, judging_parts, keep_best
+from dfqc.compiler.quantize._choice import correct_biases, judging_parts, keep_best, led_astray
 from dfqc.compiler.quantize._micro import estimate_bytes
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
@@ -118,18 +118,22 @@ _CHOOSING = 128  # images that judge units; the network is judged by all
 _FLIPPED = "squant"  # stands for the network as a whole, and is no unit's
 
 
-def count_passes(options: Options, samples: int) -> float:
-    """Return the images that go through the network: every unit sees its part of them."""
+def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
+    """Return the images that go through the network: every unit that learns sees its part."""
     ready = gptq.count_passes(gptq.Options.model_validate({}), samples) + _JUDGING * samples
     ready += _ADVANCING * (options.copies - 1) * samples
-    iterations = sum(one.train.iterations for one in plan_passes(options)) + options.tune_iterations
+    share = narrow if options.skip_wide else 1.0
+    iterations = share * sum(one.train.iterations for one in plan_passes(options))
+    iterations += options.tune_iterations if narrow else 0
     return ready + _TRAINING * iterations * min(options.batch_size, samples)
 
 
-def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+def count_bytes(
+    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+) -> int:
     """Return what is kept: a unit's inputs and outputs, or what the closed form keeps."""
-    closed = gptq.count_bytes(gptq.Options.model_validate({}), graph, samples)
-    learning = estimate_bytes(graph, min(options.batch_size, samples))
+    closed = gptq.count_bytes(gptq.Options.model_validate({}), graph, samples, memory_bytes)
+    learning = estimate_bytes(graph, min(options.batch_size, samples), memory_bytes)
     if options.cache == "recompute":
         return max(closed, learning)
     width = 2 if options.cache == "float16" else 4
@@ -139,7 +143,9 @@ def count_bytes(options: Options, graph: Graph, samples: int) -> int:
         for block in blocks(graph)
     ]
     most = max(values, default=0)
-    return max(closed, learning + min(cache_bytes(None), width * options.copies * samples * most))
+    return max(
+        closed, learning + min(cache_bytes(memory_bytes), width * options.copies * samples * most)
+    )
 
 
 def named(name: str) -> Callable[..., QuantState]:
@@ -199,7 +205,7 @@ def _reconstruct(
     judges = judging_parts(own, supplies) or [images]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
-    learning, choosing = augmented(images, options.copies, rng), judges[-1][:_CHOOSING]
+    learning, choosing = Copies(images, options.copies, rng), judges[-1][:_CHOOSING]
     targets = make_targets(graph, supplies.unpruned, device)
     run = Run(
         *(graph, plan, options, learning, choosing),
@@ -212,8 +218,14 @@ def _reconstruct(
     info = {"quantizer": name, "start": options.start, **notes}
     info["learned_biases"] = options.lr_bias > 0
     if options.keep_best:
-        state, scores = keep_best(graph, {**ready, **learned}, judges, targets, device)
+        states = {**ready, **learned}
+        state, scores = keep_best(graph, states, judges, targets, device)
         kept = min(scores, key=lambda name: scores[name])
+        if kept in learned and CLOSED in ready and len(own):
+            astray, beyond = led_astray(graph, ready[CLOSED], learned, supplies, targets, device)
+            able = [CLOSED, *(n for n in learned if n not in astray)] if kept in astray else [kept]
+            kept = min(able, key=lambda name: scores[name])
+            state, info = states[kept], {**info, "led_astray": astray, "matched_distance": beyond}
         info |= {"kept": kept, "heldout_distance": scores}
         info["learned_biases"] = kept in learned and options.lr_bias > 0
     return dataclasses.replace(state, info={**state.info, **info})

@@ -45,12 +45,14 @@ _TIE, _TIES = 0.01, 0.5  # of a code from halfway; a part of the pixel values
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
 
 
-def count_passes(options: Options, samples: int) -> float:
+def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
     """Return the images that go through the network: twice for the ranges, and their counting."""
     return 3.0 * samples
 
 
-def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+def count_bytes(
+    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+) -> int:
     """Return what is kept: histograms, which are small."""
     return 0
 

@@ -83,12 +83,14 @@ PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
 SAME = 1e-4  # relative; codes and folded weight beyond it are not of one layer
 
 
-def count_passes(options: Options, samples: int) -> float:
+def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
     """Return the images that go through the network: for the ranges of activations."""
     return rtn.count_passes(options.ranges(), samples)
 
 
-def count_bytes(options: Options, graph: Graph, samples: int) -> int:
+def count_bytes(
+    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+) -> int:
     """Return what is kept: copies of the model, and the largest matrix a few times."""
     size = sum(p.numel() * p.element_size() for p in graph.module.parameters())
     widest = max((p[0].numel() for p in graph.module.parameters() if p.dim() > 1), default=0)
