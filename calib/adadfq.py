@@ -23,7 +23,7 @@ from dfqc.calib import _adaptability as adaptability
 from dfqc.calib._conditional import count_outputs, count_weights
 from dfqc.calib._pixels import ImageOptions, finish
 from dfqc.calib._player import Player, count_classes
-from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
+from dfqc.compiler.contracts import CalibSet, Checkpoint, Progress, Supplies, silent
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.opponent import Opponent
@@ -54,6 +54,8 @@ _TARGET = TargetSpec(
 )  # fmt: skip
 _PARTS = 5  # of the game, after each of which the generator is looked at
 _PASSES = 2.7  # of an iteration, forward and backward: two networks and the generator
+_DRAWING_PASSES = 0.9  # of a candidate: both networks forward, and the generator
+_LEAST_DRAWING = 0.05  # share of a game's time that is kept for drawing: the game may be shortened
 _RANGES = 64  # images for the ranges that the student begins with
 _CLASSES = 1000  # where they are not known: for estimates
 
@@ -74,6 +76,14 @@ class Options(GameOptions, ImageOptions):
 def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
     """Return the forward-and-backward passes per image, for a full batch with its game."""
     return _PASSES * options.iterations * options.game_batch / options.batch_size
+
+
+def count_carried(options: Options) -> float:
+    """Return the work of drawing a batch, as a share of its game's; a short one's is not known."""
+    drawn = _DRAWING_PASSES * options.candidates * options.batch_size
+    return min(
+        1.0, max(_LEAST_DRAWING, drawn / (_PASSES * options.iterations * options.game_batch))
+    )
 
 
 def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
@@ -110,13 +120,15 @@ def synthesize(
 ) -> CalibSet:
     """Return one batch of `count` images with labels; on a CPU, equal seeds give equal images.
 
-    `carry` holds both players: the next batch is drawn by them, without another game.
+    `carry` holds both players: the next batch is drawn by them, without another game. Parts of
+    the game are kept as checkpoints.
 
     Raises:
         UnsupportedError: the model does not classify.
         UsageError: rates at which the game breaks down at once.
     """
     seed = rng.initial_seed()
+    begin = time.monotonic()
     player = Player(graph, options, rng=rng, device=device)
     game = _set_up(graph, player, options, seed, device)
     info: dict[str, Any]
@@ -126,7 +138,10 @@ def synthesize(
         progress(1, 1, "drawn by the generator of the first batch")
         info = {"iterations": 0, "shortened": False, "collapse": ""}
     else:
-        info = _play(game, supplies.seconds, progress)
+        end = None
+        if supplies.seconds is not None:  # the images are still to be drawn then
+            end = begin + supplies.seconds / (1 + count_carried(options))
+        info = _play(game, end, progress, supplies.checkpoint)
     labels = supplies.labels
     if labels is None:
         order = torch.randperm(player.classes, generator=rng, device=rng.device).cpu()
@@ -155,16 +170,17 @@ def _set_up(
     return set_up(folded, graph, state, player, options, learned=False, seed=seed, device=device)
 
 
-def _play(game: Game, seconds: float | None, progress: Progress) -> dict[str, Any]:
-    """Play the game; where the generator collapsed, go back to the part before."""
-    begin = time.monotonic()
+def _play(
+    game: Game, end: float | None, progress: Progress, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    """Play the game, until `end` at most; where the generator collapsed, go back a part."""
 
     def left() -> float | None:
-        return None if seconds is None else max(0.0, seconds - (time.monotonic() - begin))
+        return None if end is None else max(0.0, end - time.monotonic())
 
     notes: list[dict[str, Any]] = []
     sound: Part | None = None
-    for part in game.play(_PARTS, seconds=left, progress=progress):
+    for part in game.play(_PARTS, seconds=left, progress=progress, checkpoint=checkpoint):
         notes.append(part.notes())
         if not part.collapse:
             sound = part

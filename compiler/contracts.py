@@ -87,12 +87,15 @@ class Supplies:
         carry: `CalibSet.carry` of the batch before; empty for the first.
         seconds: wall-clock the batch may take. A synthesizer does less work where the planned does
             not fit, and then sets `shortened` in its info to True. None: as long as it takes.
+        checkpoint: keeps finished parts of long work; one with a true attribute `shortened`
+            serves only runs with the same time limit.
     """
 
     zoo: Sequence[Graph] = ()
     labels: torch.Tensor | None = None
     carry: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seconds: float | None = None
+    checkpoint: Checkpoint = forgetful
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,9 @@ class Synthesizer(Protocol):
     NEEDS_BN: bool  # matches batch-norm statistics
     NEEDS_CLASSES: bool  # makes images of given classes
     USES_ZOO: bool  # reads `Supplies.zoo`
-    CARRIES: bool  # a batch may start from what the one before left in `CalibSet.carry`
+    # A batch may start from what the one before left in `CalibSet.carry`. Such a module also has
+    # `count_carried(options) -> float`: the work of that batch, as a share of the first one's.
+    CARRIES: bool
 
     def count_passes(self, options: Any, size: tuple[int, int, int], nets: int) -> float:
         """Return the forward-and-backward passes per image, for estimates; 0 without a model.

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from checkpoints import Store
 from classifiers import trained
 from dfqc.calib import _adaptability as adaptability
 from dfqc.calib import adadfq
@@ -18,6 +19,7 @@ from dfqc.compiler.contracts import CalibSet, Supplies
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.quantize._entropy import entropy, student_loss
+from dfqc.compiler.quantize._game import Game
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
 from models import IMAGE, trace_module, trace_tiny
 
@@ -327,6 +329,43 @@ def test_the_next_batch_is_drawn_by_the_same_generator():
     for name, value in first.carry.items():
         if name.startswith("generator/"):
             assert torch.equal(second.carry[name], value)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_killed_game_goes_on_behind_its_last_part(tmp_path, parts):
+    graph, options = trained("plain"), {"iterations": 10, "observe": 1.0}
+    whole = make(graph, **options)
+    store = Store(tmp_path, fail_after=parts)
+    with pytest.raises(KeyboardInterrupt):
+        make(graph, supplies=Supplies(checkpoint=store), **options)
+    store.fail_after = None
+    for made in (5, 5):  # the second time, every part is found
+        resumed = make(graph, supplies=Supplies(checkpoint=store), **options)
+        assert store.made == made
+        assert torch.equal(whole.images, resumed.images)
+        assert torch.equal(whole.labels, resumed.labels)
+        assert whole.info == resumed.info
+        assert {k: v.numpy().tobytes() for k, v in whole.carry.items()} == {
+            k: v.numpy().tobytes() for k, v in resumed.carry.items()
+        }
+
+
+def test_the_game_leaves_the_time_that_drawing_takes(monkeypatch):
+    seen = []
+    play = Game.play
+
+    def spy(self, parts, *, seconds, **more):
+        seen.append(seconds())
+        return play(self, parts, seconds=seconds, **more)
+
+    monkeypatch.setattr(Game, "play", spy)
+    options = adadfq.Options(**QUICK, candidates=2)
+    share = adadfq.count_carried(options)
+    # 8 images, each of 2 candidates, forward; a game of 8 iterations of 6 images, there and back.
+    assert share == pytest.approx(0.9 * 16 / (2.7 * 48))
+    assert adadfq.count_carried(adadfq.Options()) == 0.05
+    make(trained("plain"), candidates=2, supplies=Supplies(seconds=100.0))
+    assert 80 < seen[0] <= 100 / (1 + share)
 
 
 def test_less_time_is_fewer_iterations():

@@ -22,6 +22,7 @@ from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, Quant
 from dfqc.compiler.graph import Graph, node_shapes, on_device
 from dfqc.compiler.judging import split_judges
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.precision import Precision, choose_precision
 from dfqc.compiler.quantize import gptq, reconstruct, rtn
 from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
 from dfqc.compiler.quantize._kd import Losses, Teacher
@@ -63,8 +64,8 @@ class Options(BaseModel):
     keep_best: bool = Field(
         True, description="ship the best of start, last state and those on the way; else the last"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the student's layers; auto: bfloat16 on CUDA devices that have it"
+    precision: Precision = Field(
+        "auto", description="of the student's layers; auto: bfloat16 on accelerators that have it"
     )
 
 
@@ -230,9 +231,7 @@ def _start(
 
 
 def _schedule(options: Options, device: torch.device) -> Schedule:
-    half = options.precision == "bfloat16"
-    if options.precision == "auto" and device.type == "cuda":
-        half = torch.cuda.is_bf16_supported()
+    half = choose_precision(options.precision, device) == "bfloat16"
     return Schedule(
         options.iterations,
         options.batch_size,
