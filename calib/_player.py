@@ -21,7 +21,7 @@ from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph, batch_norms, copy_graph, node_shapes
 from dfqc.compiler.opponent import Move
-from dfqc.compiler.precision import choose_precision
+from dfqc.compiler.precision import Precision, choose_precision
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
 from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
 
@@ -153,7 +153,7 @@ class Player:
 class _Teacher:
     """The float network; its statistics, if it has any."""
 
-    def __init__(self, graph: Graph, device: torch.device, precision: str) -> None:
+    def __init__(self, graph: Graph, device: torch.device, precision: Precision) -> None:
         self.plain: torch.nn.Module | None = None
         self.stored: list[Moments] = []
         if any(norm.module.running_mean is not None for norm in batch_norms(graph)):

@@ -12,7 +12,7 @@ network that is built and needs no images; this one gives images to other quanti
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,20 @@ class Options(GameOptions, ImageOptions):
     batch_size: int = Field(256, ge=1)
     bits: str = Field("w4a4", pattern="^w[2-8]a[2-8]$")
     candidates: int = Field(4, ge=1)
+
+
+def check_given(options: Options, given: Sequence[str]) -> None:
+    """Refuse options of a student that begins reconstructed: this one's is rounded to nearest.
+
+    Raises:
+        UsageError: names them, and what reads them.
+    """
+    unread = [name for name in given if name in ("lr_latent", "lr_steps")]
+    if unread:
+        raise UsageError(
+            f"adadfq: {', '.join(unread)}: read only by --quantizer adadfq with start=reconstruct; "
+            "the student that images are made against learns at lr_student"
+        )
 
 
 def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:

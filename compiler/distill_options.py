@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dfqc.compiler.precision import Precision
+
 METHODS = ("images", "dafl", "mix")
 # Images of the fixed set by effort; a generator makes its own.
 IMAGES: Mapping[str, int] = {"quick": 256, "standard": 1024, "max": 4096}
@@ -42,7 +44,7 @@ class DistillOptions(BaseModel):
     crop: float = Field(0.125, ge=0, le=0.5)
     flip: bool = True
     mix: float = Field(0.5, ge=0, le=1)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     points: int = Field(10, ge=1)
 
 

@@ -1,10 +1,14 @@
-"""Precision of a training's layers: what was asked for and a device in, float32 or bfloat16 out."""
+"""Precision of a training's layers: what was asked for and a device in, float32 or bfloat16 out.
+
+Importing this file imports no torch.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -24,6 +28,8 @@ def choose_precision(asked: Precision, device: torch.device) -> Literal["float32
 
 def _computes_bfloat16(device: torch.device) -> bool:
     """Ask the device's part of torch, which need not know the question."""
+    import torch
+
     part = getattr(torch, device.type, None)
     ask = getattr(part, "is_bf16_supported", None)
     if ask is None:

@@ -16,8 +16,9 @@ from dfqc.calib._bns import Moments
 from dfqc.calib._conditional import LATENT, ConditionalGenerator, count_weights
 from dfqc.calib._player import Player, count_classes
 from dfqc.compiler.contracts import CalibSet, Supplies
-from dfqc.compiler.errors import UnsupportedError
+from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.graph import Graph
+from dfqc.compiler.options import plugin_options
 from dfqc.compiler.quantize._entropy import entropy, student_loss
 from dfqc.compiler.quantize._game import Game
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
@@ -277,6 +278,14 @@ def test_short_games_warm_up_for_long_enough():
 def test_options_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValidationError):
         adadfq.Options(**wrong)
+
+
+@pytest.mark.parametrize("name", ["lr_latent", "lr_steps"])
+def test_options_of_a_reconstructed_student_are_refused(name):
+    with pytest.raises(UsageError, match=rf"{name}: read only by --quantizer adadfq"):
+        plugin_options(adadfq, "adadfq", "quick", {name: 0.5})
+    default = GameOptions.model_fields[name].default
+    assert plugin_options(adadfq, "adadfq", "quick", {name: default, "lr_student": 0.5})
 
 
 # --- images

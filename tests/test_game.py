@@ -25,6 +25,7 @@ from dfqc.compiler.quantize._game_options import GameOptions
 from dfqc.compiler.quantize._game_start import set_up
 from dfqc.compiler.quantize._latent import LatentGrid
 from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
+from dfqc.compiler.quantize.adadfq import _READ_BY
 from dfqc.compiler.spec import Bits, QScheme
 from dfqc.compiler.steps import Steps
 
@@ -94,6 +95,20 @@ def test_the_student_learns_what_the_float_network_answers(learned):
 
     seen = [gap() for _ in game.play(4)]  # one part of warm-up: ranges alone
     assert seen[-1] < 0.5 * seen[0]
+
+
+@pytest.mark.parametrize("option", [n for n in _READ_BY if n != "start_iterations"])
+def test_options_that_are_refused_would_have_no_effect(option):
+    value = {"momentum": 0.0, "weight_decay": 0.5, "observe": 0.9}.get(option, 0.05)
+
+    def student_after(learned, **given):
+        game = make_game(learned=learned, iterations=4, warm_up=0.0, **given)
+        list(game.play(1))
+        return [v.numpy().tobytes() for v in game.student.snapshot().values()]
+
+    for learned, start in ((False, "published"), (True, "reconstruct")):
+        changed = student_after(learned) != student_after(learned, **{option: value})
+        assert changed == (_READ_BY[option] == start)
 
 
 def test_a_constant_input_is_read_as_itself_at_every_update():

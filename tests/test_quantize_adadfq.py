@@ -13,7 +13,7 @@ from classifiers import trained
 from command import build, run
 from dfqc.compiler import stage_keys
 from dfqc.compiler.contracts import QuantizerSupplies
-from dfqc.compiler.errors import UnsupportedError
+from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import _game, adadfq
@@ -210,6 +210,33 @@ def test_a_loss_that_is_no_number_ends_the_game(caplog):
     assert len(state.info["parts"]) < 4
     assert state.info["kept"] == "start"
     assert math.isfinite(divergence(state))
+
+
+# --- options that a start does not read
+
+
+@pytest.mark.parametrize("effort", ["quick", "standard", "max"])
+@pytest.mark.parametrize(
+    ("start", "name", "value", "reads"),
+    [
+        ("published", "start_iterations", 300, "reconstruct"),
+        ("published", "lr_latent", 2e-3, "reconstruct"),
+        ("published", "lr_steps", 2e-3, "reconstruct"),
+        ("reconstruct", "lr_student", 1e-3, "published"),
+        ("reconstruct", "momentum", 0.5, "published"),
+        ("reconstruct", "weight_decay", 0.0, "published"),
+        ("reconstruct", "observe", 0.5, "published"),
+    ],
+)
+def test_options_that_a_start_does_not_read_are_refused(effort, start, name, value, reads):
+    wanted = rf"adadfq: {name} is read by start={reads} only, got start={start}: leave it out"
+    with pytest.raises(UsageError, match=wanted):
+        plugin_options(adadfq, "adadfq", effort, {"start": start, name: value})
+    assert plugin_options(adadfq, "adadfq", effort, {"start": reads, name: value})
+    # What a preset or a default says is no wish of the user's.
+    default = adadfq.Options.model_fields[name].default
+    assert plugin_options(adadfq, "adadfq", effort, {"start": start, name: default})
+    assert plugin_options(adadfq, "adadfq", effort, {"start": start, "parts": 3})
 
 
 # --- estimates, presets, the engine

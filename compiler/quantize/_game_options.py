@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dfqc.compiler.precision import Precision
+
 Method = Literal["adadfq", "adasg"]
 LARGE_IMAGE = 64  # pixels of the shorter side from which on an image is large
 
@@ -69,7 +71,7 @@ class GameOptions(BaseModel):
     decay: float = Field(0.1, gt=0, le=1)
     channels: int = Field(128, ge=2)
     clip_inside: bool = True
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
