@@ -1,6 +1,7 @@
 """The quantizer that plays: what the game leaves, how it stops, goes on and is judged."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -279,6 +280,36 @@ def test_later_batches_are_drawn_by_the_first_ones_generator(shared, capsys):
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.json["images"] == 20
+
+
+def test_images_whose_game_was_killed_are_those_of_a_whole_one(workspace, capsys, monkeypatch):
+    options = [w for o in ("iterations=10", *GAME[1:3]) for w in ("--synth-option", o)]
+    played, kill_at = [], 2
+    play = _game.Game._play_part
+
+    def part(self, steps, number, *rest):
+        if number == kill_at:
+            raise KeyboardInterrupt
+        played.append(number)
+        return play(self, steps, number, *rest)
+
+    def synth(name, *more):
+        return run(
+            capsys, workspace, "synth", *workspace.weights(), "--method", "adadfq", *options,
+            "--samples", "12", "--threads", "1", "-o", workspace.root / name, "--json", *more,
+        )  # fmt: skip
+
+    monkeypatch.setattr(_game.Game, "_play_part", part)
+    assert synth("drawn.safetensors").code == 130
+    kill_at = None
+    done = synth("drawn.safetensors", "--budget", "1h")  # time enough: parts are the same
+    assert done.code == 0, done.err
+    assert played == [0, 1, 2, 3, 4]
+    shutil.rmtree(workspace.cache)
+    assert synth("whole.safetensors").code == 0
+    assert played == [0, 1, 2, 3, 4] * 2
+    first, second = ((workspace.root / f"{n}.safetensors").read_bytes() for n in ("drawn", "whole"))
+    assert first == second
 
 
 def test_a_change_of_the_generator_makes_old_results_void():
