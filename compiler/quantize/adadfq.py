@@ -15,6 +15,7 @@ quantized network learns the float one's answers to them. AdaSG is `method` "ada
 - Batch norms are folded into the student's layers, and their scales and shifts so trained with
   weights and biases; the plan decides which tensors have a grid, and how many bits the ends have.
   The network begins with biases corrected for its rounding; weight decay is that of weights alone.
+- On an accelerator that has it, layers compute in bfloat16 (`precision` "float32": as published).
 - The last state is judged, on synthetic images, against the start and those on the way. The
   published figures are those of the best epoch on the test set.
 
