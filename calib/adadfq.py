@@ -54,8 +54,11 @@ _TARGET = TargetSpec(
 )  # fmt: skip
 _PARTS = 5  # of the game, after each of which the generator is looked at
 _PASSES = 2.7  # of an iteration, forward and backward: two networks and the generator
-_DRAWING_PASSES = 0.9  # of a candidate: both networks forward, and the generator
-_LEAST_DRAWING = 0.05  # share of a game's time that is kept for drawing: the game may be shortened
+_TIMED = 16  # images that are drawn to see how long that takes
+_DRAWING, _PLAYING = (
+    1.2,
+    0.5,
+)  # that much more is left for drawing; share that the game has at least
 _RANGES = 64  # images for the ranges that the student begins with
 _CLASSES = 1000  # where they are not known: for estimates
 
@@ -93,11 +96,8 @@ def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> flo
 
 
 def count_carried(options: Options) -> float:
-    """Return the work of drawing a batch, as a share of its game's; a short one's is not known."""
-    drawn = _DRAWING_PASSES * options.candidates * options.batch_size
-    return min(
-        1.0, max(_LEAST_DRAWING, drawn / (_PASSES * options.iterations * options.game_batch))
-    )
+    """Return the work of a batch that is only drawn: time for it is left by the game before."""
+    return 0.0
 
 
 def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
@@ -153,8 +153,9 @@ def synthesize(
         info = {"iterations": 0, "shortened": False, "collapse": ""}
     else:
         end = None
-        if supplies.seconds is not None:  # the images are still to be drawn then
-            end = begin + supplies.seconds / (1 + count_carried(options))
+        if supplies.seconds is not None:
+            drawing = _DRAWING * (count + supplies.following) * _time_drawing(player, game, options)
+            end = begin + max(_PLAYING * supplies.seconds, supplies.seconds - drawing)
         info = _play(game, end, progress, supplies.checkpoint)
     labels = supplies.labels
     if labels is None:
@@ -212,6 +213,16 @@ def _play(
         "collapse": notes[-1]["collapse"],
         "losses": [note["loss"] for note in notes],
     }
+
+
+def _time_drawing(player: Player, game: Game, options: Options) -> float:
+    """Return the seconds per image; the players stay as they are."""
+    rng = torch.Generator(player.device).manual_seed(0)
+    labels = torch.arange(_TIMED) % player.classes
+    for _ in range(2):  # the first time, memory is allocated
+        begin = time.monotonic()
+        _draw(player, game, labels, options, rng)
+    return (time.monotonic() - begin) / _TIMED
 
 
 @torch.no_grad()

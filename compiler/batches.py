@@ -57,7 +57,8 @@ def make_images(
     chosen = options.model_dump(mode="json", exclude={"path"})  # data count by content
     report = context.progress()
     later = plugin.count_carried(options) if plugin.CARRIES else 1.0
-    clock = _Clock(seconds, [1.0, *([later] * (len(sizes) - 1))])
+    works = [1.0, *([later] * (len(sizes) - 1))]
+    clock = _Clock(seconds, works)
     keep = functools.partial(context.checkpoint, without=_NOT_PARTS, cut_short=_is_shortened)
     parts: list[CalibSet] = []
     carry: Mapping[str, Tensor] = {}
@@ -73,6 +74,7 @@ def make_images(
             None if labels is None else labels[first : first + images],
             carry,
             clock.grant(),
+            count - first - images,
             functools.partial(_keep_inner, keep, part),
         )
         make = functools.partial(
@@ -80,7 +82,7 @@ def make_images(
             *(graph, images, options),
             rng=rng,
             device=device,
-            progress=_share(report, place, len(sizes)),
+            progress=_share(report, works, place),
             supplies=supplies,
         )
         made: CalibSet = keep(part, make, save_calib, load_calib)
@@ -144,7 +146,9 @@ class _Clock:
 
     def grant(self) -> float | None:
         """Return the seconds of the next batch."""
-        share, work = self.works[0] / sum(self.works), self.works.pop(0)
+        work, every = self.works[0], sum(self.works)
+        share = work / every if every else 1.0
+        del self.works[0]
         if self.seconds is None:
             return None
         left = self._left()
@@ -152,7 +156,7 @@ class _Clock:
 
     def is_over(self) -> bool:
         """Report whether what is left is too little for another batch."""
-        if self.seconds is None:
+        if self.seconds is None or not self.works[0]:  # the first one left time enough
             return False
         return self._left() <= 0.5 * _LEAST_SHARE * self.works[0] * self.seconds
 
@@ -210,10 +214,14 @@ def _warn_of_limits(parts: Sequence[CalibSet], asked: int, seconds: float | None
         )
 
 
-def _share(report: Progress, place: int, batches: int) -> Progress:
-    """Report the steps of one batch as a part of all batches: one bar, one time left."""
+def _share(report: Progress, works: Sequence[float], place: int) -> Progress:
+    """Report the steps of one batch as a part of all batches' work: one bar, one time left."""
+    before, own, every = sum(works[:place]), works[place], sum(works)
 
     def progress(done: int, total: int, note: str) -> None:
-        report(place * total + done, batches * total, note)
+        if own:
+            report(round(total * before / own) + done, round(total * every / own), note)
+        else:
+            report(1, 1, note)
 
     return progress

@@ -87,14 +87,15 @@ class Supplies:
         carry: `CalibSet.carry` of the batch before; empty for the first.
         seconds: wall-clock the batch may take. A synthesizer does less work where the planned does
             not fit, and then sets `shortened` in its info to True. None: as long as it takes.
-        checkpoint: keeps finished parts of long work; one with a true attribute `shortened`
-            serves only runs with the same time limit.
+        following: images of the batches after this one, which may start from its `carry`.
+        checkpoint: keeps finished parts; those with a true `shortened` for one time limit only.
     """
 
     zoo: Sequence[Graph] = ()
     labels: torch.Tensor | None = None
     carry: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seconds: float | None = None
+    following: int = 0
     checkpoint: Checkpoint = forgetful
 
 
@@ -233,8 +234,8 @@ class Synthesizer(Protocol):
     NEEDS_BN: bool  # matches batch-norm statistics
     NEEDS_CLASSES: bool  # makes images of given classes
     USES_ZOO: bool  # reads `Supplies.zoo`
-    # A batch may start from what the one before left in `CalibSet.carry`. Such a module also has
-    # `count_carried(options) -> float`: the work of that batch, as a share of the first one's.
+    # A batch may start from the `carry` before. Then there is `count_carried(options) -> float`,
+    # its work by the first one's; 0: the first has all the time, and leaves some for `following`.
     CARRIES: bool
 
     def count_passes(self, options: Any, size: tuple[int, int, int], nets: int) -> float:

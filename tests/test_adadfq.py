@@ -368,13 +368,21 @@ def test_the_game_leaves_the_time_that_drawing_takes(monkeypatch):
         return play(self, parts, seconds=seconds, **more)
 
     monkeypatch.setattr(Game, "play", spy)
-    options = adadfq.Options(**QUICK, candidates=2)
-    share = adadfq.count_carried(options)
-    # 8 images, each of 2 candidates, forward; a game of 8 iterations of 6 images, there and back.
-    assert share == pytest.approx(0.9 * 16 / (2.7 * 48))
-    assert adadfq.count_carried(adadfq.Options()) == 0.05
-    make(trained("plain"), candidates=2, supplies=Supplies(seconds=100.0))
-    assert 80 < seen[0] <= 100 / (1 + share)
+    monkeypatch.setattr(adadfq, "_time_drawing", lambda *_: 0.5)  # seconds an image
+    graph = trained("plain")
+    for following in (0, 32, 1000):  # 8 more are this batch's own
+        make(graph, supplies=Supplies(seconds=100.0, following=following))
+    for expected, found in zip((100 - 0.6 * 8, 100 - 0.6 * 40, 50), seen, strict=True):
+        assert expected - 10 < found <= expected
+
+
+def test_timing_the_drawing_leaves_no_trace():
+    player, game = make_player(), None
+    settings = adadfq.Options(**QUICK)
+    game = adadfq._set_up(trained("residual"), player, settings, 0, CPU)
+    before = {k: v.numpy().tobytes() for k, v in game.snapshot().items()}
+    assert adadfq._time_drawing(player, game, settings) > 0
+    assert before == {k: v.numpy().tobytes() for k, v in game.snapshot().items()}
 
 
 def test_less_time_is_fewer_iterations():

@@ -163,6 +163,17 @@ def test_a_first_batch_that_does_nearly_all_gets_nearly_all_of_the_time(recorder
     assert len(calib.images) == 16  # the others are not given up for its sake
 
 
+def test_batches_that_are_only_drawn_are_made_whatever_time_is_left(recorder, tmp_path):
+    recorder.each, recorder.carried = 1000.0, 0.0
+    context = Context(tmp_path)
+    calib = batches.make_images(context, "rec", Options(), 14, seconds=23)
+    assert [s.seconds for _, _, s in recorder.calls] == [23, 0, 0, 0]
+    assert [s.following for _, _, s in recorder.calls] == [10, 6, 3, 0]
+    assert len(calib.images) == 14
+    assert context.reports[:2] == [(1, 2, "half"), (2, 2, "done")]
+    assert all(done == total for done, total, _ in context.reports[2:])
+
+
 def test_work_that_a_batch_keeps_is_known_by_the_batch(recorder, tmp_path, monkeypatch):
     kept = []
 

@@ -36,12 +36,12 @@ def test_every_net_of_a_zoo_is_passed_and_half_resolution_costs_a_quarter(graph)
     assert seconds(**low) == pytest.approx(32 * (25 + 25 / 4) * 3 * 0.01)
 
 
-@pytest.mark.parametrize(("samples", "later"), [(64, 0), (256, 0), (1024, 3)])
-def test_a_game_is_played_once_whatever_the_number_of_images(graph, samples, later):
+@pytest.mark.parametrize("samples", [64, 256, 1024])
+def test_a_game_is_played_once_whatever_the_number_of_images(graph, samples):
     options = {"synth": "adadfq", "synth_option": ["iterations=1000"], "samples": samples}
     game = 2.7 * 1000 * 16 * 3 * 0.01
     found = rows(graph, **options)["synthesize"].seconds
-    assert found == pytest.approx(game * (1 + 0.05 * later))
+    assert found == pytest.approx(game)
 
 
 def test_warm_batches_take_their_share(graph):
