@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dfqc.compiler import plugins
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph, batch_norms, copy_graph
+from dfqc.compiler.precision import Precision, choose_precision
 
 EPS = 1e-6  # added to variances before a root or a logarithm is taken (ZeroQ's and Genie's)
 
@@ -43,8 +44,8 @@ class BNTeacher:
     Each is computed where the forward pass meets the batch norm; nothing is computed behind the
     last one unless `logits` are asked for. Gradients flow to the images only. With `per_image`,
     moments are (n, c); inputs with one value per image and channel keep batch moments even then,
-    since one value has no spread. `precision` is that of convolutions and matrix products, float32
-    or bfloat16 by autocast; statistics are taken in float32 always.
+    since one value has no spread. `precision` is that of convolutions and matrix products, by
+    autocast; statistics are taken in float32 always.
 
     Attributes:
         layers: module paths; a batch norm called again has its call's number behind `#`.
@@ -58,7 +59,7 @@ class BNTeacher:
         *,
         per_image: bool = False,
         logits: bool = False,
-        precision: str = "float32",
+        precision: Precision = "float32",
     ) -> None:
         copy = copy_graph(graph)
         copy.module.requires_grad_(False)
@@ -66,7 +67,8 @@ class BNTeacher:
         if not taps:
             raise UnsupportedError(_no_norms_message())
         self.module = copy.module.to(device)
-        self.autocast = (device.type, getattr(torch, precision), precision != "float32")
+        chosen = choose_precision(precision, device)
+        self.autocast = (device.type, getattr(torch, chosen), chosen != "float32")
         self.layers = tuple(taps)
         self.stored = [Moments(tap.mean, tap.var) for tap in taps.values()]
 

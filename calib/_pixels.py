@@ -9,13 +9,13 @@ normalized pixel itself, so published learning rates carry over to every model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dfqc.compiler.contracts import ImageSpec
+from dfqc.compiler.precision import Precision
 
 # Mean and standard deviation of a pixel (0..1) over natural images, all channels alike.
 PIXEL_MEAN = 0.45
@@ -33,9 +33,10 @@ class ImageOptions(BaseModel):
     has; it was worth about 1 dB of output SQNR at W8A8 on the CIFAR nets.
     `low_pass`: cut-off of a Gaussian low-pass filter over the finished images in cycles per pixel,
     None for no filter. SynQ (Kim et al. 2025) takes 40 to 80 of 224 frequencies: 0.18 to 0.36.
-    `precision`: of the model's convolutions; statistics and images are float32 always. With
-    bfloat16 the batch norms' distance stayed within 0.003 (ResNet-20, Tiny Darknet). On a CPU with
-    AVX-512-BF16 a pass took 0.74 (ResNet-20), 0.60 (Tiny Darknet) and 1.25 (MobileNet) of the time.
+    `precision`: of the model's convolutions; statistics and images are float32 always. `auto` is
+    bfloat16 on an accelerator that has it, and float32 on a CPU. With bfloat16 the batch norms'
+    distance stayed within 0.003 (ResNet-20, Tiny Darknet). On a CPU with AVX-512-BF16 a pass took
+    0.74 (ResNet-20), 0.60 (Tiny Darknet) and 1.25 (MobileNet) of the time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,7 +44,7 @@ class ImageOptions(BaseModel):
     batch_size: int = Field(64, ge=1)
     clip: bool = True
     low_pass: float | None = Field(None, gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dfqc.calib._pixels import Z_HIGH, Z_LOW, pixel_map
 from dfqc.compiler.errors import UnsupportedError
 from dfqc.compiler.graph import Graph, batch_norms, copy_graph, node_shapes
 from dfqc.compiler.opponent import Move
+from dfqc.compiler.precision import Precision, choose_precision
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
 from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
 
@@ -53,7 +54,8 @@ class Player:
         self.classes = count_classes(graph)
         self.options, self.settings = options, resolve(options, graph.image.size)
         self.rng, self.device = rng, device
-        self.teacher = _Teacher(graph, device, options.precision)
+        self.precision = choose_precision(options.precision, device)
+        self.teacher = _Teacher(graph, device, self.precision)
         self.pixels = pixel_map(graph.image, device)
         made = ConditionalGenerator(graph.image.size, self.classes, rng, channels=options.channels)
         self.generator = made.to(device)
@@ -142,7 +144,7 @@ class Player:
 
     def _make(self, labels: Tensor, rng: torch.Generator) -> Tensor:
         latents = torch.randn(len(labels), LATENT, generator=rng, device=rng.device)
-        precision = getattr(torch, self.options.precision)
+        precision = getattr(torch, self.precision)
         with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
             z: Tensor = self.generator(latents.to(self.device), labels)
         return z.clamp(Z_LOW, Z_HIGH) if self.options.clip_inside else z
@@ -151,7 +153,7 @@ class Player:
 class _Teacher:
     """The float network; its statistics, if it has any."""
 
-    def __init__(self, graph: Graph, device: torch.device, precision: str) -> None:
+    def __init__(self, graph: Graph, device: torch.device, precision: Precision) -> None:
         self.plain: torch.nn.Module | None = None
         self.stored: list[Moments] = []
         if any(norm.module.running_mean is not None for norm in batch_norms(graph)):

@@ -12,7 +12,7 @@ network that is built and needs no images; this one gives images to other quanti
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from dfqc.calib import _adaptability as adaptability
 from dfqc.calib._conditional import count_outputs, count_weights
 from dfqc.calib._pixels import ImageOptions, finish
 from dfqc.calib._player import Player, count_classes
-from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
+from dfqc.compiler.contracts import CalibSet, Checkpoint, Progress, Supplies, silent
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.opponent import Opponent
@@ -54,6 +54,11 @@ _TARGET = TargetSpec(
 )  # fmt: skip
 _PARTS = 5  # of the game, after each of which the generator is looked at
 _PASSES = 2.7  # of an iteration, forward and backward: two networks and the generator
+_TIMED = 16  # images that are drawn to see how long that takes
+_DRAWING, _PLAYING = (
+    1.2,
+    0.5,
+)  # that much more is left for drawing; share that the game has at least
 _RANGES = 64  # images for the ranges that the student begins with
 _CLASSES = 1000  # where they are not known: for estimates
 
@@ -71,9 +76,28 @@ class Options(GameOptions, ImageOptions):
     candidates: int = Field(4, ge=1)
 
 
+def check_given(options: Options, given: Sequence[str]) -> None:
+    """Refuse options of a student that begins reconstructed: this one's is rounded to nearest.
+
+    Raises:
+        UsageError: names them, and what reads them.
+    """
+    unread = [name for name in given if name in ("lr_latent", "lr_steps")]
+    if unread:
+        raise UsageError(
+            f"adadfq: {', '.join(unread)}: read only by --quantizer adadfq with start=reconstruct; "
+            "the student that images are made against learns at lr_student"
+        )
+
+
 def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> float:
     """Return the forward-and-backward passes per image, for a full batch with its game."""
     return _PASSES * options.iterations * options.game_batch / options.batch_size
+
+
+def count_carried(options: Options) -> float:
+    """Return the work of a batch that is only drawn: time for it is left by the game before."""
+    return 0.0
 
 
 def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
@@ -110,13 +134,15 @@ def synthesize(
 ) -> CalibSet:
     """Return one batch of `count` images with labels; on a CPU, equal seeds give equal images.
 
-    `carry` holds both players: the next batch is drawn by them, without another game.
+    `carry` holds both players: the next batch is drawn by them, without another game. Parts of
+    the game are kept as checkpoints.
 
     Raises:
         UnsupportedError: the model does not classify.
         UsageError: rates at which the game breaks down at once.
     """
     seed = rng.initial_seed()
+    begin = time.monotonic()
     player = Player(graph, options, rng=rng, device=device)
     game = _set_up(graph, player, options, seed, device)
     info: dict[str, Any]
@@ -126,7 +152,11 @@ def synthesize(
         progress(1, 1, "drawn by the generator of the first batch")
         info = {"iterations": 0, "shortened": False, "collapse": ""}
     else:
-        info = _play(game, supplies.seconds, progress)
+        end = None
+        if supplies.seconds is not None:
+            drawing = _DRAWING * (count + supplies.following) * _time_drawing(player, game, options)
+            end = begin + max(_PLAYING * supplies.seconds, supplies.seconds - drawing)
+        info = _play(game, end, progress, supplies.checkpoint)
     labels = supplies.labels
     if labels is None:
         order = torch.randperm(player.classes, generator=rng, device=rng.device).cpu()
@@ -155,16 +185,17 @@ def _set_up(
     return set_up(folded, graph, state, player, options, learned=False, seed=seed, device=device)
 
 
-def _play(game: Game, seconds: float | None, progress: Progress) -> dict[str, Any]:
-    """Play the game; where the generator collapsed, go back to the part before."""
-    begin = time.monotonic()
+def _play(
+    game: Game, end: float | None, progress: Progress, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    """Play the game, until `end` at most; where the generator collapsed, go back a part."""
 
     def left() -> float | None:
-        return None if seconds is None else max(0.0, seconds - (time.monotonic() - begin))
+        return None if end is None else max(0.0, end - time.monotonic())
 
     notes: list[dict[str, Any]] = []
     sound: Part | None = None
-    for part in game.play(_PARTS, seconds=left, progress=progress):
+    for part in game.play(_PARTS, seconds=left, progress=progress, checkpoint=checkpoint):
         notes.append(part.notes())
         if not part.collapse:
             sound = part
@@ -182,6 +213,16 @@ def _play(game: Game, seconds: float | None, progress: Progress) -> dict[str, An
         "collapse": notes[-1]["collapse"],
         "losses": [note["loss"] for note in notes],
     }
+
+
+def _time_drawing(player: Player, game: Game, options: Options) -> float:
+    """Return the seconds per image; the players stay as they are."""
+    rng = torch.Generator(player.device).manual_seed(0)
+    labels = torch.arange(_TIMED) % player.classes
+    for _ in range(2):  # the first time, memory is allocated
+        begin = time.monotonic()
+        _draw(player, game, labels, options, rng)
+    return (time.monotonic() - begin) / _TIMED
 
 
 @torch.no_grad()

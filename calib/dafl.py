@@ -5,7 +5,8 @@ and, other than published, for the batch norms' statistics (`bn_weight` 0 leaves
 `dfqc distill --method dafl` trains it beside a student and shows that what it makes meanwhile;
 `--method mix` lets a zoo judge the images, which it also mixes: MixMix's objective (Li et al. 2021,
 eq. 9) on top. The student's loss reads the images without gradient, so that one backward pass for
-both, as published, and two, as here, are the same; two need less memory.
+both, as published, and two, as here, are the same; two need less memory. Its pixels are clipped to
+those that an image can have, but for what a student is shown at `max`, which is as published.
 """
 
 from __future__ import annotations

@@ -122,6 +122,11 @@ def count_passes(options: Options, size: tuple[int, int, int], nets: int) -> flo
     return options.iterations
 
 
+def count_carried(options: Options) -> float:
+    """Return the work of a batch after the first, as a share of that one's."""
+    return options.warm_share if options.generator == "warm" else 1.0
+
+
 def count_bytes(options: Options, size: tuple[int, int, int], count: int) -> int:
     """Return the bytes of the generator with its gradients and Adam's moments, and its outputs."""
     return 4 * (

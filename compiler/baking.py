@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from dfqc.compiler.inspection import output_step
 
 if TYPE_CHECKING:
-    from dfqc.compiler.contracts import Backend, ImageSpec
+    from dfqc.compiler.contracts import ImageSpec
+    from dfqc.compiler.plugin_contracts import Backend
 
 BAKED = "model.uint8.onnx"
 INPUT = "pixels"

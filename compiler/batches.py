@@ -2,7 +2,8 @@
 
 Each batch has its own seed and survives a kill. Where the run's time is limited, the batches share
 what synthesis may take of it: each does less work where all of it does not fit, and no more batches
-are begun than leave every one a quarter of the time.
+are begun than leave every one a quarter of the time. One that goes on from the first has as much
+less of it as it has less to do.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
-from dfqc.compiler.contracts import CalibSet, Progress, Supplies
+from dfqc.compiler.contracts import CalibSet, Checkpoint, Progress, Supplies
 from dfqc.compiler.driver import Context
 from dfqc.compiler.stages import FACTS, device_of
 from dfqc.compiler.storage import load_calib, load_json, save_calib
@@ -54,7 +56,10 @@ def make_images(
     labels = _labels(context, count) if plugin.NEEDS_CLASSES else None
     chosen = options.model_dump(mode="json", exclude={"path"})  # data count by content
     report = context.progress()
-    clock = _Clock(seconds)
+    later = plugin.count_carried(options) if plugin.CARRIES else 1.0
+    works = [1.0, *([later] * (len(sizes) - 1))]
+    clock = _Clock(seconds, works)
+    keep = functools.partial(context.checkpoint, without=_NOT_PARTS, cut_short=_is_shortened)
     parts: list[CalibSet] = []
     carry: Mapping[str, Tensor] = {}
     for place, images in enumerate(sizes):
@@ -62,26 +67,25 @@ def make_images(
             break
         index, first = start + place, sum(sizes[:place])
         rng = torch.Generator(device).manual_seed(context.seed(index))
+        part = {"synthesizer": name, "index": index, "first": first, "images": images}
+        part |= {"options": chosen, "carry": _digest(carry)}
         supplies = Supplies(
             zoo,
             None if labels is None else labels[first : first + images],
             carry,
-            clock.grant(len(sizes) - place),
+            clock.grant(),
+            count - first - images,
+            functools.partial(_keep_inner, keep, part),
         )
-
         make = functools.partial(
             plugin.synthesize,
             *(graph, images, options),
             rng=rng,
             device=device,
-            progress=_share(report, place, len(sizes)),
+            progress=_share(report, works, place),
             supplies=supplies,
         )
-        part = {"synthesizer": name, "index": index, "first": first, "images": images}
-        part |= {"options": chosen, "carry": _digest(carry)}
-        made: CalibSet = context.checkpoint(
-            part, make, save_calib, load_calib, without=_NOT_PARTS, cut_short=_is_shortened
-        )
+        made: CalibSet = keep(part, make, save_calib, load_calib)
         carry = made.carry if plugin.CARRIES else {}
         parts.append(dataclasses.replace(made, carry={}))  # only the next batch needs it
         _tell_notes(parts)
@@ -134,22 +138,27 @@ def _labels(context: Context, count: int) -> Tensor | None:
 
 
 class _Clock:
-    """Divides the time for a set of images among its batches."""
+    """Divides the time for a set of images among its batches, by the work that each one is."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float | None, works: Sequence[float]) -> None:
+        self.seconds, self.works = seconds, list(works)  # of the batches to come; the largest is 1
         self.start = time.monotonic()
 
-    def grant(self, remaining: int) -> float | None:
-        """Return the seconds of the next of `remaining` batches."""
+    def grant(self) -> float | None:
+        """Return the seconds of the next batch."""
+        work, every = self.works[0], sum(self.works)
+        share = work / every if every else 1.0
+        del self.works[0]
         if self.seconds is None:
             return None
         left = self._left()
-        return max(0.0, min(left, max(left / remaining, _LEAST_SHARE * self.seconds)))
+        return max(0.0, min(left, max(left * share, _LEAST_SHARE * work * self.seconds)))
 
     def is_over(self) -> bool:
         """Report whether what is left is too little for another batch."""
-        return self.seconds is not None and self._left() <= 0.5 * _LEAST_SHARE * self.seconds
+        if self.seconds is None or not self.works[0]:  # the first one left time enough
+            return False
+        return self._left() <= 0.5 * _LEAST_SHARE * self.works[0] * self.seconds
 
     def _left(self) -> float:
         assert self.seconds is not None
@@ -173,8 +182,23 @@ def _tell_notes(parts: Sequence[CalibSet]) -> None:
         log.warning("%s", last)
 
 
-def _is_shortened(calib: CalibSet) -> bool:
-    return bool(calib.info.get("shortened"))
+def _keep_inner(
+    keep: Checkpoint,
+    batch: Mapping[str, Any],
+    part: Mapping[str, Any],
+    make: Callable[[], Any],
+    save: Callable[[Any, Path], None],
+    load: Callable[[Path], Any],
+) -> Any:
+    """Return a part of a batch's own work: what it depends on is what the batch depends on."""
+    return keep({**batch, "part": dict(part)}, make, save, load)
+
+
+def _is_shortened(value: Any) -> bool:
+    """Report whether a batch, or a part of its work, was cut for lack of time."""
+    if isinstance(value, CalibSet):
+        return bool(value.info.get("shortened"))
+    return bool(getattr(value, "shortened", False))
 
 
 def _warn_of_limits(parts: Sequence[CalibSet], asked: int, seconds: float | None) -> None:
@@ -190,10 +214,14 @@ def _warn_of_limits(parts: Sequence[CalibSet], asked: int, seconds: float | None
         )
 
 
-def _share(report: Progress, place: int, batches: int) -> Progress:
-    """Report the steps of one batch as a part of all batches: one bar, one time left."""
+def _share(report: Progress, works: Sequence[float], place: int) -> Progress:
+    """Report the steps of one batch as a part of all batches' work: one bar, one time left."""
+    before, own, every = sum(works[:place]), works[place], sum(works)
 
     def progress(done: int, total: int, note: str) -> None:
-        report(place * total + done, batches * total, note)
+        if own:
+            report(round(total * before / own) + done, round(total * every / own), note)
+        else:
+            report(1, 1, note)
 
     return progress

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfqc.compiler import plugins
 from dfqc.compiler._calibfile import write_calib_file
 from dfqc.compiler.allocate import free_layers
 from dfqc.compiler.artifact import Store, default_root
@@ -16,7 +17,9 @@ from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.driver import Driver, StageRecord
 from dfqc.compiler.errors import EnvironmentFault, UsageError
 from dfqc.compiler.job import Job, check_output, make_job, model_name
+from dfqc.compiler.options import plugin_options
 from dfqc.compiler.pipeline import Build, make_driver, open_store
+from dfqc.compiler.pruning import quantizer_overrides
 from dfqc.compiler.recipe import Recipe, make_recipe
 from dfqc.compiler.spec import plan_from_json
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
@@ -46,12 +49,19 @@ def run_build(
     recipe = make_recipe(flags, recipe_file)
     job = make_job(recipe)
     check_output(job.output)
+    _check_options(recipe)
     with open_store(recipe.cache_dir) as store:
         driver = _drive(job, store, listener)
         manifest = write_build(Build(job, driver))
     if job.backend.TARGET.engine_file and job.runtime is not None and not manifest["exit_code"]:
         return run_engine(job.output, _engine_options(recipe))
     return manifest
+
+
+def _check_options(recipe: Recipe) -> None:
+    """Refuse wrong options of the quantizer, which it would read only after images were made."""
+    plugin = plugins.load("quantizer", recipe.quantizer)
+    plugin_options(plugin, recipe.quantizer, recipe.effort, quantizer_overrides(recipe))
 
 
 def _engine_options(recipe: Recipe) -> EngineOptions:

@@ -22,8 +22,9 @@ from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.distill_options import DistillOptions
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.matching import Hint, with_outputs
+from dfqc.compiler.precision import choose_precision
 from dfqc.compiler.sources import ImageSource
-from dfqc.compiler.steps import Losses, Steps, cosine
+from dfqc.compiler.steps import MEASURED, Losses, Steps, cosine
 from dfqc.compiler.views import augment
 
 _DROPS = (0.4, 0.8)  # of the published schedule: 800 and 1600 of 2000 epochs
@@ -115,10 +116,11 @@ class Trainer:
             self.student.parameters(),
             options.lr,
             momentum=options.momentum,
-            nesterov=options.momentum > 0,
+            nesterov=options.nesterov and options.momentum > 0,
             weight_decay=options.weight_decay,
         )
         self.wanted = self._answers(self.teacher)
+        self.pace = _Pace()
 
     def begin(self) -> TrainState:
         """Return the state before the first step."""
@@ -132,7 +134,9 @@ class Trainer:
         """Train one segment from `state` on; `seconds` are for all the steps that are left."""
         self._restore(state)
         started = time.monotonic()
-        steps = Steps(state.total - state.done, seconds)
+        brief = math.ceil(state.total / self.options.points) <= MEASURED  # too short to be timed
+        each = self.pace.each if brief else None
+        steps = Steps(state.total - state.done, seconds, each=each)
         losses, taken, stopped = Losses(steps, self.device), 0, ""
         self.student.train()
         for _ in steps:
@@ -161,6 +165,7 @@ class Trainer:
         )
         elapsed = state.curve[-1]["seconds"] + time.monotonic() - started
         after.curve.append(self._look(after, loss, elapsed))
+        self.pace.note(taken)
         return self._keep(after)
 
     def _explain_no_number(self) -> str:
@@ -241,10 +246,26 @@ class Trainer:
                 self.optimizer.state[parameter]["momentum_buffer"] = value
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        wanted = self.options.precision
-        if wanted == "auto":
-            wanted = "float32" if self.device.type == "cpu" else "bfloat16"
+        wanted = choose_precision(self.options.precision, self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted == "bfloat16")
+
+
+class _Pace:
+    """Seconds of a step, over segments too short to tell, and with what lies between them."""
+
+    def __init__(self) -> None:
+        self.each: float | None = None  # not known yet
+        self._since, self._steps = math.nan, 0
+
+    def note(self, steps: int) -> None:
+        """Count a segment's steps at its end; the first one, slower, only starts the clock."""
+        now = time.monotonic()
+        if math.isnan(self._since):
+            self._since = now
+            return
+        self._steps += steps
+        if self._steps >= MEASURED - 1:
+            self.each = (now - self._since) / self._steps
 
 
 def _rate(options: DistillOptions, fraction: float) -> float:

@@ -6,12 +6,13 @@ One forward pass of the traced model is timed here and scaled: good to about a f
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
 from dfqc.compiler.allocate import CHUNK_BYTES, WIDTHS, images_for
+from dfqc.compiler.batches import split_evenly
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.pruning import quantizer_overrides
@@ -60,8 +61,9 @@ def estimate(
     recipe = job.recipe
     image = _seconds_per_image(graph) if seconds_per_image is None else seconds_per_image
     options = _options(job)
-    size = min(getattr(options, "batch_size", recipe.samples), recipe.samples)
-    passes = _BACKWARD * _passes(options, recipe.synth, facts, 1 + len(recipe.zoo))
+    sizes = split_evenly(recipe.samples, getattr(options, "batch_size", recipe.samples))
+    size = sizes[0]
+    passes = _BACKWARD * _passes(options, recipe.synth, facts, 1 + len(recipe.zoo), sizes)
     matched = _BACKWARD * MATCHED["iterations"] if facts["batch_norm"] else 0.0
     half = HELD_OUT // 2
     own = plugins.load("synthesizer", recipe.synth).count_bytes(
@@ -153,9 +155,16 @@ def _options(job: Job) -> Any:
     return plugin_options(plugin, recipe.synth, recipe.effort, recipe.synth_option)
 
 
-def _passes(options: Any, name: str, facts: Mapping[str, Any], nets: int) -> float:
-    size = tuple(facts["image"]["size"])
-    return float(plugins.load("synthesizer", name).count_passes(options, size, nets))
+def _passes(
+    options: Any, name: str, facts: Mapping[str, Any], nets: int, sizes: Sequence[int]
+) -> float:
+    """Return the passes per image, where batches have those `sizes`; later ones may do less."""
+    plugin = plugins.load("synthesizer", name)
+    if hasattr(options, "batch_size"):
+        options = options.model_copy(update={"batch_size": sizes[0]})
+    full = float(plugin.count_passes(options, tuple(facts["image"]["size"]), nets))
+    later = plugin.count_carried(options) if plugin.CARRIES else 1.0
+    return full * (1 + later * (len(sizes) - 1)) / len(sizes)
 
 
 def _seconds_per_image(graph: Graph) -> float:

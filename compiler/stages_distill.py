@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
 from dfqc.compiler._identity import is_zoo
-from dfqc.compiler.distill_options import DistillOptions
+from dfqc.compiler.distill_options import SOURCE, DistillOptions
 from dfqc.compiler.driver import Context
 from dfqc.compiler.errors import LoadError, UnsupportedError
 from dfqc.compiler.job import Job
@@ -261,8 +261,8 @@ def source_options(job: DistillJob) -> Any:
     """Return the generator's options."""
     recipe = job.recipe
     plugin = plugins.load("synthesizer", recipe.synth)
-    mixing = {"mix": 0.5} if job.method == "mix" else {}
-    return plugin_options(plugin, recipe.synth, recipe.effort, mixing | dict(recipe.synth_option))
+    told = SOURCE.get((job.method, recipe.effort), {})
+    return plugin_options(plugin, recipe.synth, recipe.effort, {**told, **recipe.synth_option})
 
 
 def _find_collapse(teacher: Graph, images: Tensor) -> str:

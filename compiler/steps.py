@@ -22,6 +22,8 @@ _READ_EVERY = 10  # iterations between two reads of the loss from an accelerator
 class Steps:
     """Yields 0, 1, ... for as many iterations as were planned, or as fit into `seconds`.
 
+    `each`: seconds of one, where that is known before: it is planned with from the first on.
+
     Attributes:
         planned: what was asked for.
         total: what it will be, as far as is known now.
@@ -33,12 +35,15 @@ class Steps:
         planned: int,
         seconds: float | None = None,
         *,
+        each: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.planned = self.total = planned
         self.done = 0
         self.shortened = False  # once planned for fewer, it stays so: rates have been lower
         self._seconds, self._clock = seconds, clock
+        if seconds is not None and each is not None:
+            self._fit(seconds, each)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the number of each iteration, at least one."""
@@ -52,11 +57,13 @@ class Steps:
             if self.done == 1:
                 second = now
             elif self.done >= min(MEASURED, self.planned) or now - start > self._seconds:
-                each = (now - second) / (self.done - 1)
-                left = self._seconds - (now - start)
-                fitting = self.done + max(0, math.floor(left / each)) if each > 0 else self.planned
-                self.total = min(self.planned, fitting)
-                self.shortened |= fitting < self.planned
+                self._fit(self._seconds - (now - start), (now - second) / (self.done - 1))
+
+    def _fit(self, left: float, each: float) -> None:
+        """Plan as many as fit into the seconds left, `each` of which takes so many."""
+        fitting = self.done + max(0, math.floor(left / each)) if each > 0 else self.planned
+        self.total = max(1, min(self.planned, fitting))
+        self.shortened |= fitting < self.planned
 
     @property
     def fraction(self) -> float:

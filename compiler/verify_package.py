@@ -20,10 +20,11 @@ import onnx
 
 from dfqc.compiler import plugins
 from dfqc.compiler.baking import BAKED, compare_baked
-from dfqc.compiler.contracts import Backend, Runner
+from dfqc.compiler.contracts import Runner
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.inspection import output_step
 from dfqc.compiler.package import GOLDEN, MODEL, Package, file_faults, open_package
+from dfqc.compiler.plugin_contracts import Backend
 
 CODE_IMAGES = 2
 # Where the inputs of a layer are equal, its own codes differ only by rounding on a boundary.

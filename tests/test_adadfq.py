@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from checkpoints import Store
 from classifiers import trained
 from dfqc.calib import _adaptability as adaptability
 from dfqc.calib import adadfq
@@ -15,9 +16,11 @@ from dfqc.calib._bns import Moments
 from dfqc.calib._conditional import LATENT, ConditionalGenerator, count_weights
 from dfqc.calib._player import Player, count_classes
 from dfqc.compiler.contracts import CalibSet, Supplies
-from dfqc.compiler.errors import UnsupportedError
+from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.graph import Graph
+from dfqc.compiler.options import plugin_options
 from dfqc.compiler.quantize._entropy import entropy, student_loss
+from dfqc.compiler.quantize._game import Game
 from dfqc.compiler.quantize._game_options import GameOptions, resolve
 from models import IMAGE, trace_module, trace_tiny
 
@@ -277,6 +280,14 @@ def test_options_that_make_no_sense_are_refused(wrong):
         adadfq.Options(**wrong)
 
 
+@pytest.mark.parametrize("name", ["lr_latent", "lr_steps"])
+def test_options_of_a_reconstructed_student_are_refused(name):
+    with pytest.raises(UsageError, match=rf"{name}: read only by --quantizer adadfq"):
+        plugin_options(adadfq, "adadfq", "quick", {name: 0.5})
+    default = GameOptions.model_fields[name].default
+    assert plugin_options(adadfq, "adadfq", "quick", {name: default, "lr_student": 0.5})
+
+
 # --- images
 
 
@@ -327,6 +338,51 @@ def test_the_next_batch_is_drawn_by_the_same_generator():
     for name, value in first.carry.items():
         if name.startswith("generator/"):
             assert torch.equal(second.carry[name], value)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_killed_game_goes_on_behind_its_last_part(tmp_path, parts):
+    graph, options = trained("plain"), {"iterations": 10, "observe": 1.0}
+    whole = make(graph, **options)
+    store = Store(tmp_path, fail_after=parts)
+    with pytest.raises(KeyboardInterrupt):
+        make(graph, supplies=Supplies(checkpoint=store), **options)
+    store.fail_after = None
+    for made in (5, 5):  # the second time, every part is found
+        resumed = make(graph, supplies=Supplies(checkpoint=store), **options)
+        assert store.made == made
+        assert torch.equal(whole.images, resumed.images)
+        assert torch.equal(whole.labels, resumed.labels)
+        assert whole.info == resumed.info
+        assert {k: v.numpy().tobytes() for k, v in whole.carry.items()} == {
+            k: v.numpy().tobytes() for k, v in resumed.carry.items()
+        }
+
+
+def test_the_game_leaves_the_time_that_drawing_takes(monkeypatch):
+    seen = []
+    play = Game.play
+
+    def spy(self, parts, *, seconds, **more):
+        seen.append(seconds())
+        return play(self, parts, seconds=seconds, **more)
+
+    monkeypatch.setattr(Game, "play", spy)
+    monkeypatch.setattr(adadfq, "_time_drawing", lambda *_: 0.5)  # seconds an image
+    graph = trained("plain")
+    for following in (0, 32, 1000):  # 8 more are this batch's own
+        make(graph, supplies=Supplies(seconds=100.0, following=following))
+    for expected, found in zip((100 - 0.6 * 8, 100 - 0.6 * 40, 50), seen, strict=True):
+        assert expected - 10 < found <= expected
+
+
+def test_timing_the_drawing_leaves_no_trace():
+    player, game = make_player(), None
+    settings = adadfq.Options(**QUICK)
+    game = adadfq._set_up(trained("residual"), player, settings, 0, CPU)
+    before = {k: v.numpy().tobytes() for k, v in game.snapshot().items()}
+    assert adadfq._time_drawing(player, game, settings) > 0
+    assert before == {k: v.numpy().tobytes() for k, v in game.snapshot().items()}
 
 
 def test_less_time_is_fewer_iterations():

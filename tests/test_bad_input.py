@@ -105,6 +105,13 @@ def test_flags_that_cannot_be_used(build, workspace, arguments, message):
     assert message in build(*workspace.weights(), *QUICK, *arguments, code=2)
 
 
+def test_options_of_the_quantizer_are_read_before_any_work(build, workspace):
+    given = ("--quantizer-option", "start=published", "--quantizer-option", "lr_latent=0.01")
+    message = build(*workspace.weights(), *QUICK, "--quantizer", "adadfq", *given, code=2)
+    assert "lr_latent is read by start=reconstruct only, got start=published" in message
+    assert not list(workspace.cache.rglob("artifact.json"))  # nothing was traced, nothing made
+
+
 def test_unknown_recipe_key(build, workspace):
     recipe = workspace.root / "recipe.yaml"
     recipe.write_text("bits: w4a4\ninputsize: 3x16x16\n")

@@ -22,6 +22,10 @@ class Recorder:
 
     def __init__(self, each=0.0):
         self.now, self.each, self.calls = 0.0, each, []
+        self.carried = 1.0  # work of a batch after the first
+
+    def count_carried(self, options):
+        return self.carried
 
     def synthesize(self, graph, count, options, *, rng, device, progress, supplies):
         self.calls.append((count, rng.initial_seed(), supplies))
@@ -149,6 +153,48 @@ def test_too_little_time_makes_fewer_images_with_a_fair_share_each(recorder, tmp
     assert all(short for _, short in context.parts)  # stored for runs of the same limit only
     assert "16 of 64 were made, 4 of 4 batches with fewer iterations" in caplog.text
     assert calib.info["asked"] == 64
+
+
+def test_a_first_batch_that_does_nearly_all_gets_nearly_all_of_the_time(recorder, tmp_path):
+    recorder.each, recorder.carried = 1000.0, 0.05
+    calib = batches.make_images(Context(tmp_path), "rec", Options(), 16, seconds=23)
+    granted = [s.seconds for _, _, s in recorder.calls]
+    assert granted == pytest.approx([20, 1, 1, 1])
+    assert len(calib.images) == 16  # the others are not given up for its sake
+
+
+def test_batches_that_are_only_drawn_are_made_whatever_time_is_left(recorder, tmp_path):
+    recorder.each, recorder.carried = 1000.0, 0.0
+    context = Context(tmp_path)
+    calib = batches.make_images(context, "rec", Options(), 14, seconds=23)
+    assert [s.seconds for _, _, s in recorder.calls] == [23, 0, 0, 0]
+    assert [s.following for _, _, s in recorder.calls] == [10, 6, 3, 0]
+    assert len(calib.images) == 14
+    assert context.reports[:2] == [(1, 2, "half"), (2, 2, "done")]
+    assert all(done == total for done, total, _ in context.reports[2:])
+
+
+def test_work_that_a_batch_keeps_is_known_by_the_batch(recorder, tmp_path, monkeypatch):
+    kept = []
+
+    def working(graph, count, options, *, supplies, **more):
+        for short in (False, True):
+            value = supplies.checkpoint(
+                {"game": 0}, lambda short=short: SimpleNamespace(shortened=short), None, None
+            )
+            kept.append(value.shortened)
+        return CalibSet(torch.zeros(count, 3, 4, 4), None, "rec")
+
+    monkeypatch.setattr(recorder, "synthesize", working, raising=False)
+    context = Context(tmp_path, classes=None)
+    batches.make_images(context, "rec", Options(), 8)
+    inner, outer = ([p for p in context.parts if ("part" in p[0]) == own] for own in (True, False))
+    assert kept == [False, True] * 2
+    assert [short for _, short in inner] == kept  # one cut short serves its own limit only
+    assert [part["index"] for part, _ in inner] == [0, 0, 1, 1]
+    assert [part["part"] for part, _ in inner] == [{"game": 0}] * 4
+    wholes = [part for part, _ in outer]
+    assert all({k: v for k, v in part.items() if k != "part"} in wholes for part, _ in inner)
 
 
 def test_no_time_at_all_still_makes_one_batch(recorder, tmp_path):

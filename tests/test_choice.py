@@ -43,5 +43,5 @@ def test_what_images_of_another_kind_put_behind_its_start_was_led_astray():
     expected = float((wanted.exp() * (wanted - by)).sum(1).mean())
     assert found["better"] == pytest.approx(expected, rel=1e-3)
     assert led_astray(graph, fine, learned, given, **judge)[0] == ["worse"]
-    nothing = QuantizerSupplies(held_out=HELD_OUT)  # none of them looks like data
+    nothing = QuantizerSupplies(held_out=HELD_OUT, fitting=0)  # none of them looks like data
     assert led_astray(graph, fine, learned, nothing, **judge) == ([], {})

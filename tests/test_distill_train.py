@@ -1,6 +1,7 @@
 """The training of a student: its losses, its segments, and what it does when it breaks down."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 
 import models
 from classifiers import trained
+from dfqc.compiler import distill_train
 from dfqc.compiler.distill_options import METHODS, PRESETS, DistillOptions
 from dfqc.compiler.distill_train import Trainer, hint_loss, output_loss
 from dfqc.compiler.matching import find_hints
 from dfqc.compiler.sources import Pool
-from dfqc.compiler.stages_distill import _find_collapse, load_state, save_state
+from dfqc.compiler.stages_distill import _find_collapse, load_state, save_state, source_options
+from dfqc.compiler.steps import Steps
 
 CPU = torch.device("cpu")
 SMALL = {"steps": 12, "batch_size": 8, "points": 4}
@@ -113,6 +116,39 @@ def test_time_shortens_the_schedule_and_the_segments():
     assert state.done == state.total
 
 
+@pytest.mark.parametrize("segment", [1, 2, 3, 7])
+def test_segments_of_a_few_steps_are_planned_for_the_time_too(segment, monkeypatch):
+    """A step takes a second, a look at the student a fourth: of 60 s, most are used and no more."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(distill_train, "time", clock)
+    monkeypatch.setattr(Steps.__init__, "__kwdefaults__", {"each": None, "clock": clock.monotonic})
+    one = trainer(steps=100 * segment, points=100)
+    look = one._look
+
+    def step(fraction):
+        now[0] += 1.0
+        fractions.append(fraction)
+        one.shown = models.images(2)
+        return torch.zeros(())
+
+    def slow_look(*arguments):
+        now[0] += 0.25
+        return look(*arguments)
+
+    fractions = []
+    monkeypatch.setattr(one, "_step", step)
+    monkeypatch.setattr(one, "_look", slow_look)
+    state = one.begin()
+    while not state.finished:
+        state = one.advance(state, seconds=60 - now[0])
+    assert state.shortened
+    assert 45 <= now[0] <= 62
+    assert state.done == len(fractions) < 60
+    assert fractions == sorted(fractions)
+    assert fractions[-1] > 0.9  # the schedule was gone through
+
+
 def test_a_loss_that_is_no_number_stops_with_the_best_student():
     one = trainer(lr=0.01)
     state = one.advance(one.begin())
@@ -172,12 +208,41 @@ def test_max_is_the_published_schedule(method):
     options = DistillOptions(**PRESETS[method, "max"])
     assert (options.steps, options.batch_size) == (2000 * 120, 1024)
     assert (options.lr, options.weight_decay, options.momentum) == (0.1, 5e-4, 0.9)
+    assert options.nesterov is False
     assert (options.temperature, options.hint, options.init) == (1.0, 0.0, "random")
     from dfqc.compiler.distill_train import _rate
 
     rates = [_rate(options, done / 2000) for done in (0, 799, 800, 1599, 1600, 1999)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert math.isclose(_rate(DistillOptions(), 1.0), 0.0, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_is_the_published_one_or_nesterovs(nesterov, monkeypatch):
+    """Sutskever et al. 2013: two steps of slopes 2 and 3."""
+    one = trainer(lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=nesterov)
+    weight = one.student.get_parameter("head.fc.bias")
+    before = weight.detach().double()
+    velocity, expected = 0.0, 0.0
+    for slope in (2.0, 3.0):
+        weight.grad = torch.full_like(weight, slope)
+        one.optimizer.step()
+        velocity = 0.9 * velocity + slope
+        expected += 0.1 * (slope + 0.9 * velocity if nesterov else velocity)
+    torch.testing.assert_close(before - weight.double(), torch.full_like(before, expected))
+
+
+@pytest.mark.parametrize(
+    ("method", "effort", "clip", "mix"),
+    [("dafl", "max", False, 0.0), ("dafl", "quick", True, 0.0), ("mix", "max", False, 0.5)],
+)
+def test_at_max_images_are_shown_as_the_generator_makes_them(method, effort, clip, mix):
+    recipe = SimpleNamespace(synth="dafl", effort=effort, synth_option={})
+    job = SimpleNamespace(method=method, recipe=recipe)
+    options = source_options(job)
+    assert (options.clip, options.mix) == (clip, mix)
+    recipe.synth_option = {"clip": True, "mix": 0.25}
+    assert (source_options(job).clip, source_options(job).mix) == (True, 0.25)
 
 
 @pytest.mark.parametrize("name", ["attention", "linear_norm", "transposed", "no_norm"])

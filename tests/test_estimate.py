@@ -40,6 +40,23 @@ def test_every_net_of_a_zoo_is_passed_and_half_resolution_costs_a_quarter(graph)
     assert seconds(**low) == pytest.approx(32 * (25 + 25 / 4) * 3 * 0.01)
 
 
+@pytest.mark.parametrize("samples", [64, 256, 1024])
+def test_a_game_is_played_once_whatever_the_number_of_images(graph, samples):
+    options = {"synth": "adadfq", "synth_option": ["iterations=1000"], "samples": samples}
+    game = 2.7 * 1000 * 16 * 3 * 0.01
+    found = rows(graph, **options)["synthesize"].seconds
+    assert found == pytest.approx(game)
+
+
+def test_warm_batches_take_their_share(graph):
+    def seconds(generator):
+        options = [f"generator={generator}", "iterations=50", "batch_size=16", "warm_share=0.25"]
+        return rows(graph, synth="genie", synth_option=options, samples=64)["synthesize"].seconds
+
+    assert seconds("fresh") == pytest.approx(64 * 50 * 3 * 0.01)
+    assert seconds("warm") == pytest.approx(16 * (1 + 3 * 0.25) * 50 * 3 * 0.01)
+
+
 def test_more_samples_take_longer_and_larger_batches_more_memory(graph):
     few, many = rows(graph, samples=32), rows(graph, samples=64)
     assert many["quantize"].seconds > few["quantize"].seconds

@@ -25,7 +25,9 @@ from dfqc.compiler.quantize._game_options import GameOptions
 from dfqc.compiler.quantize._game_start import set_up
 from dfqc.compiler.quantize._latent import LatentGrid
 from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
+from dfqc.compiler.quantize.adadfq import _READ_BY
 from dfqc.compiler.spec import Bits, QScheme
+from dfqc.compiler.steps import Steps
 
 CPU = torch.device("cpu")
 
@@ -93,6 +95,20 @@ def test_the_student_learns_what_the_float_network_answers(learned):
 
     seen = [gap() for _ in game.play(4)]  # one part of warm-up: ranges alone
     assert seen[-1] < 0.5 * seen[0]
+
+
+@pytest.mark.parametrize("option", [n for n in _READ_BY if n != "start_iterations"])
+def test_options_that_are_refused_would_have_no_effect(option):
+    value = {"momentum": 0.0, "weight_decay": 0.5, "observe": 0.9}.get(option, 0.05)
+
+    def student_after(learned, **given):
+        game = make_game(learned=learned, iterations=4, warm_up=0.0, **given)
+        list(game.play(1))
+        return [v.numpy().tobytes() for v in game.student.snapshot().values()]
+
+    for learned, start in ((False, "published"), (True, "reconstruct")):
+        changed = student_after(learned) != student_after(learned, **{option: value})
+        assert changed == (_READ_BY[option] == start)
 
 
 def test_a_constant_input_is_read_as_itself_at_every_update():
@@ -208,6 +224,51 @@ def test_the_student_does_not_learn_in_the_warm_up():
     ]
     assert torch.equal(weights[0], weights[4])
     assert not torch.equal(weights[4], weights[5])
+
+
+@pytest.mark.parametrize(("left", "expected"), [(1600, 200), (400, 100)])
+def test_a_warm_up_is_long_enough_in_a_game_that_time_shortens(left, expected, monkeypatch):
+    """1 % of the 80,000 planned are enough, of 1600 only 200 are, and of 400 a quarter."""
+    warm, observed = [], []
+
+    class Short(Steps):
+        def __init__(self, planned, seconds=None):
+            super().__init__(left // 10)
+            self.shortened = True
+
+    game = make_game(iterations=80_000)
+    monkeypatch.setattr(_game, "Steps", Short)
+    monkeypatch.setattr(game.student, "observe", observed.append)
+    monkeypatch.setattr(game, "look_at_images", lambda number: (1.0, ""))
+    monkeypatch.setattr(game, "snapshot", dict)
+
+    def iterate(fraction, learning):
+        warm.append(not learning)
+        return torch.zeros(()), torch.zeros(())
+
+    monkeypatch.setattr(game, "_iterate", iterate)
+    parts = list(game.play(10))
+    assert len(warm) == left
+    assert warm == [True] * expected + [False] * (left - expected)
+    assert sum(observed) == expected
+    assert not observed[-1]
+    assert all(part.shortened for part in parts)
+    for given in ("warm_up", "observe"):  # what was asked for is taken as it is
+        share = {given: 0.01}
+        game.options = GameOptions(**share)
+        assert not game._begins(given, 0.01, 1)
+
+
+def test_a_part_behind_a_shortened_one_is_of_a_shortened_game(monkeypatch):
+    class Short(Steps):
+        def __init__(self, planned, seconds=None):
+            super().__init__(planned)
+            self.shortened = seconds == 0
+
+    times = iter([100.0, 0.0, 100.0])
+    monkeypatch.setattr(_game, "Steps", Short)
+    game = make_game(iterations=3, warm_up=0.0)
+    assert [p.shortened for p in game.play(3, seconds=lambda: next(times))] == [False, True, True]
 
 
 def test_rates_fall_at_the_milestones():

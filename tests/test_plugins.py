@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 
 import models
-from dfqc.compiler import contracts, plugins
+from dfqc.compiler import contracts, plugin_contracts, plugins
 from dfqc.compiler.contracts import CalibSet, QuantState
 from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.graph import has_batch_norm
@@ -147,12 +147,12 @@ def options_of(module, name, image_file):
 @each_synthesizer
 def test_synthesizer_contract(name, image_file):
     module = plugins.load("synthesizer", name)
-    check_signature(module.synthesize, contracts.Synthesizer.synthesize)
+    check_signature(module.synthesize, plugin_contracts.Synthesizer.synthesize)
     check_options(module)
-    check_signature(module.count_passes, contracts.Synthesizer.count_passes)
+    check_signature(module.count_passes, plugin_contracts.Synthesizer.count_passes)
     options = options_of(module, name, image_file)
     assert (module.count_passes(options, (3, 16, 16), 1) > 0) == module.NEEDS_BN
-    check_signature(module.count_bytes, contracts.Synthesizer.count_bytes)
+    check_signature(module.count_bytes, plugin_contracts.Synthesizer.count_bytes)
     assert (module.count_bytes(options, (3, 16, 16), 8) > 0) == module.NEEDS_BN
     for constant in ("NEEDS_BN", "NEEDS_CLASSES", "USES_ZOO", "CARRIES"):
         assert isinstance(getattr(module, constant), bool)
@@ -243,7 +243,7 @@ def test_needs_classes_tells_the_truth(name, classes):
 @each_quantizer
 def test_quantizer_contract(name):
     module = plugins.load("quantizer", name)
-    check_signature(module.quantize, contracts.QuantizerPlugin.quantize)
+    check_signature(module.quantize, plugin_contracts.QuantizerPlugin.quantize)
     check_options(module)
 
 
@@ -303,7 +303,7 @@ def test_target_contract(name):
     assert isinstance(backend.TARGET, TargetSpec)
     assert backend.TARGET.name == name
     for function in ("available", "lower", "lower_float", "open_runner", "executed"):
-        wanted = list(inspect.signature(getattr(contracts.Backend, function)).parameters)[1:]
+        wanted = list(inspect.signature(getattr(plugin_contracts.Backend, function)).parameters)[1:]
         ours = inspect.signature(getattr(backend, function)).parameters
         assert list(ours)[: len(wanted)] == wanted
         assert all(p.default is not p.empty for p in list(ours.values())[len(wanted) :])

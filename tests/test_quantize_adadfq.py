@@ -1,6 +1,7 @@
 """The quantizer that plays: what the game leaves, how it stops, goes on and is judged."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from classifiers import trained
 from command import build, run
 from dfqc.compiler import stage_keys
 from dfqc.compiler.contracts import QuantizerSupplies
-from dfqc.compiler.errors import UnsupportedError
+from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import _game, adadfq
@@ -212,6 +213,33 @@ def test_a_loss_that_is_no_number_ends_the_game(caplog):
     assert math.isfinite(divergence(state))
 
 
+# --- options that a start does not read
+
+
+@pytest.mark.parametrize("effort", ["quick", "standard", "max"])
+@pytest.mark.parametrize(
+    ("start", "name", "value", "reads"),
+    [
+        ("published", "start_iterations", 300, "reconstruct"),
+        ("published", "lr_latent", 2e-3, "reconstruct"),
+        ("published", "lr_steps", 2e-3, "reconstruct"),
+        ("reconstruct", "lr_student", 1e-3, "published"),
+        ("reconstruct", "momentum", 0.5, "published"),
+        ("reconstruct", "weight_decay", 0.0, "published"),
+        ("reconstruct", "observe", 0.5, "published"),
+    ],
+)
+def test_options_that_a_start_does_not_read_are_refused(effort, start, name, value, reads):
+    wanted = rf"adadfq: {name} is read by start={reads} only, got start={start}: leave it out"
+    with pytest.raises(UsageError, match=wanted):
+        plugin_options(adadfq, "adadfq", effort, {"start": start, name: value})
+    assert plugin_options(adadfq, "adadfq", effort, {"start": reads, name: value})
+    # What a preset or a default says is no wish of the user's.
+    default = adadfq.Options.model_fields[name].default
+    assert plugin_options(adadfq, "adadfq", effort, {"start": start, name: default})
+    assert plugin_options(adadfq, "adadfq", effort, {"start": start, "parts": 3})
+
+
 # --- estimates, presets, the engine
 
 
@@ -252,6 +280,36 @@ def test_later_batches_are_drawn_by_the_first_ones_generator(shared, capsys):
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.json["images"] == 20
+
+
+def test_images_whose_game_was_killed_are_those_of_a_whole_one(workspace, capsys, monkeypatch):
+    options = [w for o in ("iterations=10", *GAME[1:3]) for w in ("--synth-option", o)]
+    played, kill_at = [], 2
+    play = _game.Game._play_part
+
+    def part(self, steps, number, *rest):
+        if number == kill_at:
+            raise KeyboardInterrupt
+        played.append(number)
+        return play(self, steps, number, *rest)
+
+    def synth(name, *more):
+        return run(
+            capsys, workspace, "synth", *workspace.weights(), "--method", "adadfq", *options,
+            "--samples", "12", "--threads", "1", "-o", workspace.root / name, "--json", *more,
+        )  # fmt: skip
+
+    monkeypatch.setattr(_game.Game, "_play_part", part)
+    assert synth("drawn.safetensors").code == 130
+    kill_at = None
+    done = synth("drawn.safetensors", "--budget", "1h")  # time enough: parts are the same
+    assert done.code == 0, done.err
+    assert played == [0, 1, 2, 3, 4]
+    shutil.rmtree(workspace.cache)
+    assert synth("whole.safetensors").code == 0
+    assert played == [0, 1, 2, 3, 4] * 2
+    first, second = ((workspace.root / f"{n}.safetensors").read_bytes() for n in ("drawn", "whole"))
+    assert first == second
 
 
 def test_a_change_of_the_generator_makes_old_results_void():

@@ -2,6 +2,8 @@ import dataclasses
 import functools
 import math
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from checkpoints import Store
 from command import build
 from dfqc.compiler import plugins
 from dfqc.compiler.contracts import QuantizerSupplies
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes import bias
 from dfqc.compiler.passes.fold import fold
@@ -268,6 +271,30 @@ def test_max_is_as_published_and_more_costs_more():
     small, large = (qat.count_bytes(Options(batch_size=n, start="rtn"), folded("residual"), 64)
                     for n in (4, 32))  # fmt: skip
     assert 0 < small < large
+
+
+@pytest.mark.parametrize("start", ["rtn", "gptq"])
+def test_an_effort_is_refused_where_the_start_has_only_one(start):
+    with pytest.raises(UsageError, match=f"read by start=reconstruct only, got start={start}"):
+        plugin_options(qat, "qat", "quick", {"start": start, "start_effort": "max"})
+    assert plugin_options(qat, "qat", "max", {"start": start}).start_effort == "standard"
+    assert plugin_options(qat, "qat", "quick", {"start_effort": "max"}).start_effort == "max"
+
+
+def test_a_build_with_one_step_per_weight_computes_it_in_the_engine(shared, capsys):
+    few = ("--quantizer", "qat", "--bits", "w4a4", "--quantizer-option", "start=rtn")
+    few += ("--quantizer-option", "iterations=6", "--quantizer-option", "batch_size=4")
+    few += ("--quantizer-option", "weight_steps=tensor", "--quantizer-option", "keep_best=false")
+    manifest = build(capsys, shared, *few, output="single")
+    assert manifest["quantization"]["kept"] == "trained"
+    assert manifest["parity"]["argmax_agreement"] == 100
+    model = onnx.load(shared.root / "single" / "model.onnx")
+    # Written per channel, one number each; the biases' scales are computed from them.
+    scales = [
+        onnx.numpy_helper.to_array(i) for i in model.graph.initializer if i.name.endswith(".ws")
+    ]
+    assert sorted(map(len, scales)) == [8, 8, 8, 10, 16, 16, 16]
+    assert all(len(np.unique(scale)) == 1 for scale in scales)
 
 
 def test_a_build_ships_what_was_trained_and_the_engine_computes_it(shared, capsys):

@@ -70,6 +70,17 @@ def test_the_schedule_ends_with_the_time():
     assert rates[-1] == pytest.approx(2 / 50)
 
 
+def test_a_pace_that_is_known_is_planned_with_at_once():
+    clock = Clock()
+    steps = Steps(100, 20, each=1.0, clock=clock)
+    assert (steps.total, steps.shortened) == (20, True)
+    for _ in steps:  # it was twice as fast then
+        clock.now += 2
+    assert clock.now == 20
+    assert Steps(100, 0, each=1.0).total == 1
+    assert Steps(100, None, each=1.0).total == 100
+
+
 def test_a_shortage_that_passes_is_still_one():
     """Rates were lowered for fewer iterations: the images are not those of an unlimited run."""
     clock = Clock()

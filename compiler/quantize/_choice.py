@@ -91,7 +91,7 @@ def led_astray(
     Returns:
         Names of `learned`; and the divergence of each, and that of the start under "start".
     """
-    if supplies.held_out is None or not supplies.fitting:
+    if supplies.held_out is None or supplies.fitting == 0:
         return [], {}
     other = [supplies.held_out[: supplies.fitting]]
     states = {"start": start, **learned}

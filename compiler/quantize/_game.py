@@ -25,8 +25,9 @@ from dfqc.compiler.contracts import Checkpoint, Progress, forgetful, silent
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.opponent import Opponent
+from dfqc.compiler.precision import choose_precision
 from dfqc.compiler.quantize._entropy import student_loss
-from dfqc.compiler.quantize._game_options import GameOptions, Settings
+from dfqc.compiler.quantize._game_options import GameOptions, Settings, in_beginning
 from dfqc.compiler.quantize._optimizer import pack_optimizer, unpack_optimizer
 from dfqc.compiler.quantize._student import Student
 from dfqc.compiler.steps import Losses, Steps
@@ -43,6 +44,7 @@ _TENSORS, _NOTES = "game.safetensors", "game.json"
 class Part:
     """What a part of a game left: `tensors` continue it, `collapse` says why it must not go on.
 
+    `shortened`: it, or one before it, has fewer iterations than planned.
     `evenness` is that of the classes the teacher sees in what the generator draws.
     """
 
@@ -112,14 +114,18 @@ class Game:
             checkpoint: keeps finished parts.
         """
         parts = min(parts, self.options.iterations)
-        done = 0
+        done, short = 0, False
         for number in range(parts):
             planned = _share(self.options.iterations, number, parts)
             rest = sum(_share(self.options.iterations, n, parts) for n in range(number + 1, parts))
             made = False
 
             def make(
-                number: int = number, planned: int = planned, rest: int = rest, done: int = done
+                number: int = number,
+                planned: int = planned,
+                rest: int = rest,
+                done: int = done,
+                short: bool = short,
             ) -> Part:
                 nonlocal made
                 made = True
@@ -129,12 +135,14 @@ class Game:
                 def report(note: str) -> None:
                     progress(done + steps.done + 1, done + steps.total + rest, note)
 
-                return self._play_part(steps, number, parts, report)
+                own = self._play_part(steps, number, parts, done, report)
+                return dataclasses.replace(own, shortened=own.shortened or short)
 
             part: Part = checkpoint({"game": number, "of": parts}, make, save_part, load_part)
             if not made:
                 self.restore(part.tensors)
             done += part.iterations
+            short = part.shortened
             self.evenness = max(self.evenness, part.evenness)
             if part.collapse:
                 log.warning("adadfq: %s: the game ends after %d iterations", part.collapse, done)
@@ -144,20 +152,22 @@ class Game:
                 return
 
     def _play_part(
-        self, steps: Steps, number: int, parts: int, report: Callable[[str], None]
+        self, steps: Steps, number: int, parts: int, before: int, report: Callable[[str], None]
     ) -> Part:
-        """Play the iterations of one part."""
+        """Play the iterations of one part, `before` of which there were others."""
         losses, own = Losses(steps, self.device), Losses(steps, self.device)
         learning = False
         for _ in steps:
-            fraction = (number + steps.fraction) / parts
-            learning = fraction >= self.settings.warm_up
+            fraction, played = (number + steps.fraction) / parts, before + steps.done
+            learning = not self._begins("warm_up", fraction, played)
+            self.student.observe(self._begins("observe", fraction, played))
             loss, student = self._iterate(fraction, learning)
             read, _ = losses.add(loss), own.add(student)
             if read:
                 report(f"generator {read[-1]:.3g}, student {own.values[-1]:.4g}")
             if not all(map(math.isfinite, read + own.values[-len(read) :])):
                 break
+        self.student.observe(False)  # it may be asked for something else meanwhile
         losses.read()
         own.read()
         last = losses.values[-1], own.values[-1]
@@ -169,10 +179,14 @@ class Game:
             collapse = ""  # a generator in its warm-up is not yet what it will be
         return Part(self.snapshot(), max(1, steps.done), steps.shortened, *last, evenness, collapse)
 
+    def _begins(self, name: str, fraction: float, played: int) -> bool:
+        """Report whether the `warm_up`, or to `observe`, still lasts."""
+        share, given = getattr(self.settings, name), getattr(self.options, name)
+        return in_beginning(share, given, fraction=fraction, done=played)
+
     def _iterate(self, fraction: float, learning: bool) -> tuple[Tensor, Tensor]:
         """Let the generator make a step, and the student if it is `learning`; return the losses."""
         factor = self.settings.factor(fraction, self.options.decay)
-        self.student.observe(fraction < self.settings.observe)
         move = self.opponent.step(self._answer, factor)
         loss = student_loss(move.teacher, move.student, self.settings.temperature)
         if learning:
@@ -190,7 +204,7 @@ class Game:
 
     def _answer(self, images: Tensor) -> Tensor:
         """Return the student's logits in float32."""
-        precision = getattr(torch, self.options.precision)
+        precision = getattr(torch, choose_precision(self.options.precision, self.device))
         enabled = precision != torch.float32
         with torch.autocast(self.device.type, precision) if enabled else contextlib.nullcontext():
             logits: Tensor = self.student(images)

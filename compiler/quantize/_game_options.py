@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dfqc.compiler.precision import Precision
+
 Method = Literal["adadfq", "adasg"]
 LARGE_IMAGE = 64  # pixels of the shorter side from which on an image is large
 
@@ -35,12 +37,14 @@ class GameOptions(BaseModel):
     and biases, relative to what they begin with, at `lr_steps`.
     `warm_up`: share of the iterations in which only the generator learns; `observe`: in which the
     ranges of activations follow its images (without a reconstructed start). Those published are for
-    80,000 iterations: of fewer, both are 200 iterations at least, or a quarter of all.
+    80,000 iterations: of fewer, also of those that a short time leaves, both are 200 iterations at
+    least, or a quarter of all.
     `milestones`: shares of the iterations after which both rates are multiplied by `decay`.
     `channels`: of the generator, behind its first layer.
     `clip_inside`: show both networks the pixels that an image can have, as the engine's input grid
     does to one of them anyway (published: no).
     `precision`: of convolutions and matrix products; statistics and losses are float32 always.
+    `auto` is bfloat16 on an accelerator that has it, and float32 on a CPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +71,7 @@ class GameOptions(BaseModel):
     decay: float = Field(0.1, gt=0, le=1)
     channels: int = Field(128, ge=2)
     clip_inside: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,17 @@ SMALL = Settings(
 LARGE = dataclasses.replace(
     SMALL, temperature=5, lr_student=1e-5, warm_up=50 / 400, milestones=(350 / 400,)
 )
+
+
+def in_beginning(share: float, given: float | None, *, fraction: float, done: int) -> bool:
+    """Report whether `fraction` of a game, after `done` iterations, lies in its first `share`.
+
+    A share that was not given lasts for as many iterations as it must, however short the game has
+    become: `resolve` knows only how long it was planned.
+    """
+    if fraction < share:
+        return True
+    return given is None and done < _LEAST_WARM_UP and fraction < _MOST_WARM_UP
 
 
 def resolve(options: GameOptions, size: tuple[int, int, int]) -> Settings:

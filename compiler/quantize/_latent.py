@@ -7,6 +7,7 @@ range of an activation by a moving mean.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -202,12 +203,15 @@ class LatentGrid(LearnedGrid):
 
     def observe(self, on: bool) -> None:
         """Switch following on or off; off, the grid stays as it is now."""
-        self.observing = on and self.kind == "ema"
-        self.settle()
+        before, self.observing = self.observing, on and self.kind == "ema"
+        if before and not self.observing:  # an accelerator is waited for
+            self.settle()
 
     def settle(self) -> None:
         """Take over the zero point as a number."""
-        self.zero_point = int(self.zero)
+        zero = float(self.zero)
+        # Of a range that is no number, neither is the scale: what is computed says so, later.
+        self.zero_point = int(zero) if math.isfinite(zero) else 0
 
     def set(self, qparams: QParams) -> None:
         """Take a decided grid."""

@@ -15,6 +15,7 @@ quantized network learns the float one's answers to them. AdaSG is `method` "ada
 - Batch norms are folded into the student's layers, and their scales and shifts so trained with
   weights and biases; the plan decides which tensors have a grid, and how many bits the ends have.
   The network begins with biases corrected for its rounding; weight decay is that of weights alone.
+- On an accelerator that has it, layers compute in bfloat16 (`precision` "float32": as published).
 - The last state is judged, on synthetic images, against the start and those on the way. The
   published figures are those of the best epoch on the test set.
 
@@ -33,7 +34,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -41,6 +42,7 @@ from pydantic import Field
 
 from dfqc.compiler import plugins
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, count_params, on_device
 from dfqc.compiler.judging import split_judges
 from dfqc.compiler.opponent import MakesOpponents
@@ -76,6 +78,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "standard": {"iterations": 4000, "start": "reconstruct", "start_iterations": 1000, "parts": 20},
     "max": {"iterations": PUBLISHED_ITERATIONS, "parts": 40, "clip_inside": False},
 }
+# Options that one start alone reads: only the published one learns by SGD and follows ranges.
+_READ_BY = dict.fromkeys(("start_iterations", "lr_latent", "lr_steps"), "reconstruct") | (
+    dict.fromkeys(("lr_student", "momentum", "weight_decay", "observe"), "published")
+)
 OPPONENT = "adadfq"  # the synthesizer that is loaded by name: its code is part of the cache's key
 # What is kept is the start, the last state of the game, or the best on its way.
 START, LAST, BEST = "start", "trained", "best"
@@ -84,6 +90,22 @@ _TUNE_SHARE = 0.4  # iterations of the network, per iteration of a block, in a r
 _START_SHARE = 0.4  # of the time, for a reconstruction before the game
 # A student's and a teacher's pass each forward and twice back, the generator's beside them.
 _PASSES = 8.0
+
+
+def check_given(options: Options, given: Sequence[str]) -> None:
+    """Refuse options that the chosen start would not read.
+
+    Raises:
+        UsageError: names them, and the start that does.
+    """
+    unread = [name for name in given if _READ_BY.get(name, options.start) != options.start]
+    if unread:
+        it, other = ("it", "is") if len(unread) == 1 else ("them", "are")
+        start = _READ_BY[unread[0]]
+        raise UsageError(
+            f"adadfq: {', '.join(unread)} {other} read by start={start} only, got "
+            f"start={options.start}: leave {it} out, or give start={start}"
+        )
 
 
 def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:

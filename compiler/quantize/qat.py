@@ -12,16 +12,18 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, node_shapes, on_device
 from dfqc.compiler.judging import split_judges
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.precision import Precision, choose_precision
 from dfqc.compiler.quantize import gptq, reconstruct, rtn
 from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
 from dfqc.compiler.quantize._kd import Losses, Teacher
@@ -63,8 +65,8 @@ class Options(BaseModel):
     keep_best: bool = Field(
         True, description="ship the best of start, last state and those on the way; else the last"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the student's layers; auto: bfloat16 on CUDA devices that have it"
+    precision: Precision = Field(
+        "auto", description="of the student's layers; auto: bfloat16 on accelerators that have it"
     )
 
 
@@ -81,6 +83,20 @@ _TRAINING = 6.0  # teacher, and the student with all that rounds, in forward pas
 _JUDGING = 2.0 * 12 / 4  # both networks, once per part, every fourth image
 _ADAM = 5  # weight, gradient, both moments and the rounded weight
 _SEED = 51_001
+
+
+def check_given(options: Options, given: Sequence[str]) -> None:
+    """Refuse an effort for a start that has only one.
+
+    Raises:
+        UsageError: names the starts that have more.
+    """
+    if "start_effort" in given and not any(_STARTS[options.start].PRESETS.values()):
+        others = ", ".join(name for name, plugin in _STARTS.items() if any(plugin.PRESETS.values()))
+        raise UsageError(
+            f"qat: start_effort is read by start={others} only, got start={options.start}: leave "
+            f"it out, or give start={others}"
+        )
 
 
 def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
@@ -232,9 +248,7 @@ def _start(
 
 
 def _schedule(options: Options, device: torch.device) -> Schedule:
-    half = options.precision == "bfloat16"
-    if options.precision == "auto" and device.type == "cuda":
-        half = torch.cuda.is_bf16_supported()
+    half = choose_precision(options.precision, device) == "bfloat16"
     return Schedule(
         options.iterations,
         options.batch_size,
