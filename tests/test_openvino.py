@@ -113,6 +113,17 @@ def test_weights_below_eight_bits_are_unpacked_once_at_load(tmp_path):
 
 
 @needs_openvino
+def test_a_global_mean_is_one_kernel_without_a_change_of_layout(tmp_path):
+    path = tmp_path / "model.onnx"
+    _, _, result = lowered("plain", "w8a8", path)
+    assert result.taps["mean.a8"]
+    counts = target.census(path)
+    assert sum(n for kernel, n in counts.items() if kernel.startswith("Reduce")) == 1
+    nodes = [n for n in target.compiled_nodes(path) if n["layerType"] == "Reorder"]
+    assert all("WithoutBiases" in n["name"] for n in nodes), nodes  # the image's, in front
+
+
+@needs_openvino
 def test_a_residual_add_is_no_kernel_of_its_own_behind_a_projection_and_one_behind_an_identity(
     tmp_path,
 ):
