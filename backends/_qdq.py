@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from dfqc.backends._qdq_concat import share_concat_grids
 from dfqc.backends._qdq_fuse import absorb_pads, drop_subsumed_activations, pool_on_integers
+from dfqc.backends._qdq_stem import widen_stems
 from dfqc.backends._qdq_write import QdqWriter
 from dfqc.compiler.contracts import Lowered, QuantState
 from dfqc.compiler.graph import Graph, copy_graph
@@ -108,6 +109,7 @@ def lower(
     drop_subsumed_activations(model, writer.saturating)
     if target.placement == "integer":  # OpenVINO has an integer kernel for the mean itself
         pool_on_integers(model)
+        widen_stems(model)
     finish(model)
     taps, layers = writer.name_values()
     return Lowered(_serialize(model, target, metadata), taps, layers)
