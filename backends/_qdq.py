@@ -170,6 +170,8 @@ def _serialize(model: ir.Model, target: TargetSpec, metadata: Mapping[str, str])
     model.ir_version = target.ir_version
     model.opset_imports.clear()
     model.opset_imports[""] = target.opset
+    for domain in sorted({node.domain for node in model.graph if node.domain}):
+        model.opset_imports[domain] = 1
     model.producer_name, model.producer_version = "dfqc", None
     model.graph.name = "dfqc"
     model.metadata_props.clear()
