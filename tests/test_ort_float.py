@@ -125,5 +125,12 @@ def test_what_is_no_silu_on_codes_stays(nodes, tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 1])
 def test_a_mean_of_floats_is_taken_in_two_steps(keep, tmp_path):
-    mean = helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=keep)
-    assert run(chain([mean]), tmp_path) == ["ReduceMean", "ReduceMean"]
+    activation = helper.make_node("Tanh", ["x"], ["t"])
+    mean = helper.make_node("ReduceMean", ["t", "axes"], ["y"], keepdims=keep)
+    assert run(chain([activation, mean]), tmp_path) == ["Tanh", "ReduceMean", "ReduceMean"]
+
+
+def test_a_mean_of_codes_is_left_as_it_is(tmp_path):
+    mean = helper.make_node("ReduceMean", ["d", "axes"], ["y"])
+    nodes = ["QuantizeLinear", "DequantizeLinear", "ReduceMean"]
+    assert run(chain([*QDQ, mean]), tmp_path) == nodes
