@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 CHANNELS = 4  # that the kernel reads at once
+OUTPUTS = 16  # that it writes at once; of other counts it computes none
 _BLOCK = 2
 
 
@@ -40,8 +41,10 @@ def widen_stems(model: ir.Model) -> None:
             continue
         if stem.strides == (_BLOCK, _BLOCK) and not any(n % _BLOCK for n in stem.size):
             _gather_blocks(model, stem)
-        elif _numpy(stem.weight).shape[1] == CHANNELS - 1:
-            _add_channel(model, stem)
+        else:
+            outputs, channels = _numpy(stem.weight).shape[:2]
+            if channels == CHANNELS - 1 and outputs % OUTPUTS == 0:
+                _add_channel(model, stem)
 
 
 def _find_stem(node: ir.Node) -> _Stem | None:

@@ -16,16 +16,18 @@ from dfqc.compiler.parity import check_parity
 OUTPUTS = 16
 
 
-def stem(size, kernel, pads, stride, channels=3, *, group=1, dilation=1, readers=1):
+def stem(
+    size, kernel, pads, stride, channels=3, *, group=1, dilation=1, readers=1, outputs=OUTPUTS
+):
     """Return Q, DQ and Conv with all scales one, so that float32 holds every sum exactly."""
     rng = np.random.default_rng(3)
-    shape = (OUTPUTS, channels // group, *kernel)
+    shape = (outputs, channels // group, *kernel)
     weight = numpy_helper.from_array(rng.integers(-127, 128, shape).astype(np.int8), "w")
     constants = [
         weight,
         numpy_helper.from_array(np.float32(1), "one"),
         numpy_helper.from_array(np.uint8(131), "zero"),
-        numpy_helper.from_array(np.ones(OUTPUTS, np.float32), "ones"),
+        numpy_helper.from_array(np.ones(outputs, np.float32), "ones"),
     ]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["codes"]),
@@ -36,12 +38,12 @@ def stem(size, kernel, pads, stride, channels=3, *, group=1, dilation=1, readers
             group=group, dilations=[dilation] * 2,
         ),
     ]  # fmt: skip
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, list("nchw"))]
+    results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, list("nchw"))]
     if readers == 2:
         nodes.append(helper.make_node("Relu", ["real"], ["z"]))
-        outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, list("nkuv")))
+        results.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, list("nkuv")))
     image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", channels, *size])
-    graph = helper.make_graph(nodes, "stem", [image], outputs, constants)
+    graph = helper.make_graph(nodes, "stem", [image], results, constants)
     opset = [helper.make_opsetid("", 21)]
     return helper.make_model(graph, opset_imports=opset, ir_version=10)
 
@@ -101,6 +103,7 @@ def test_a_fourth_channel_of_zeros_gives_the_same_sums(size, stride):
     [
         {"channels": 4},
         {"channels": 1, "stride": 1},
+        {"outputs": 8, "stride": 1},
         {"channels": 2, "group": 2},
         {"dilation": 2},
         {"readers": 2},
