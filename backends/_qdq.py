@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from dfqc.backends._qdq_concat import share_concat_grids
 from dfqc.backends._qdq_fuse import absorb_pads, drop_subsumed_activations, pool_on_integers
+from dfqc.backends._qdq_stem import widen_stems
 from dfqc.backends._qdq_write import QdqWriter
 from dfqc.compiler.contracts import Lowered, QuantState
 from dfqc.compiler.graph import Graph, copy_graph
@@ -106,8 +107,9 @@ def lower(
     if target.placement == "inputs":
         share_concat_grids(model, writer.saturating)
     drop_subsumed_activations(model, writer.saturating)
-    if target.placement in ("integer", "fused"):
+    if target.placement == "integer":  # OpenVINO has an integer kernel for the mean itself
         pool_on_integers(model)
+        widen_stems(model)
     finish(model)
     taps, layers = writer.name_values()
     return Lowered(_serialize(model, target, metadata), taps, layers)
@@ -168,6 +170,8 @@ def _serialize(model: ir.Model, target: TargetSpec, metadata: Mapping[str, str])
     model.ir_version = target.ir_version
     model.opset_imports.clear()
     model.opset_imports[""] = target.opset
+    for domain in sorted({node.domain for node in model.graph if node.domain}):
+        model.opset_imports[domain] = 1
     model.producer_name, model.producer_version = "dfqc", None
     model.graph.name = "dfqc"
     model.metadata_props.clear()

@@ -93,7 +93,7 @@ def pool_on_integers(model: ir.Model) -> None:
     keeps Q as its only reader and the next layer keeps DQ as its input.
     """
     for node in list(model.graph):
-        if node.op_type != "ReduceMean" or not _is_global_mean(node):
+        if node.op_type != "ReduceMean" or not is_global_mean(node):
             continue
         source = node.inputs[0]
         if source is None or (source.producer() or node).op_type != "DequantizeLinear":
@@ -127,7 +127,8 @@ def _flatten_behind(model: ir.Model, quantize: ir.Node) -> None:
     model.graph.insert_after(last, [flatten])
 
 
-def _is_global_mean(node: ir.Node) -> bool:
+def is_global_mean(node: ir.Node) -> bool:
+    """Report whether a ReduceMean is over height and width."""
     axes = _const(node.inputs[1]) if len(node.inputs) > 1 else None
     return axes is not None and sorted(int(a) for a in axes.reshape(-1)) in ([2, 3], [-2, -1])
 

@@ -56,9 +56,10 @@ def available() -> tuple[bool, str]:
 
 def lower(graph: Graph, state: QuantState, *, metadata: Mapping[str, str]) -> Lowered:
     """Return the QDQ model of a folded graph, written the way ONNX Runtime fuses it."""
-    from dfqc.backends import _qdq
+    from dfqc.backends import _ort_float, _qdq
 
-    return _qdq.lower(graph, state, TARGET, metadata=metadata)
+    finish = _ort_float.speed_up_float
+    return _qdq.lower(graph, state, TARGET, metadata=metadata, finish=finish)
 
 
 def lower_float(graph: Graph) -> bytes:

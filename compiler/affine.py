@@ -32,14 +32,16 @@ def quantize_by_range(x: Tensor, scale: Tensor, zero_point: int, scheme: QScheme
     """Return the codes that `quantize` does, but where `x` is halfway between two.
 
     There, an engine that knows a grid by the real values of its 8-bit container's ends decides by
-    float32's rounding of `x` times the steps per unit, plus the code of zero. Found by comparing
-    formulas with OpenVINO 2026.4: none of 50 million codes behind convolutions and 0.6 million of
-    images differ.
+    `x` times the steps per unit plus the code of zero, rounded to float32 once. Found by comparing
+    formulas with OpenVINO 2026.4: no code of MobileNetV1 differs on 8 images, nor one of 60,000
+    pixels, half of them between two codes.
     """
     first = -128 if scheme.signed else 0
     low, high = (first - zero_point) * scale, (first + 255 - zero_point) * scale
     per_unit = 255 / (high - low)
-    codes = (x * per_unit).sub_(low * per_unit).round_()
+    # A product of two float32 is exact in float64: this is a fused multiply-add.
+    zero = low * 255 / (high - low)  # in this order: rounded twice, unlike `low * per_unit`
+    codes = x.double().mul_(per_unit.double()).sub_(zero.double()).float().round_()
     return codes.add_(first).clamp_(scheme.quant_min, scheme.quant_max)
 
 

@@ -6,10 +6,9 @@ OpenVINO's CPU plug-in computes a residual add, and float operations such as a h
 the kernel of the convolution in front. A quantizer between the two is not kept there: the kernel
 adds the convolution's sum unrounded, so that the file would say one thing and the engine compute
 another. (Measured with 2026.4 on networks with residual adds, W8A8 and W4A4: outputs 1e-3 from the
-file's own meaning with the quantizer, 1e-7 without.) Without it, the add of an identity skip is a
-pass of its own, that of a projection is not: 2 % of ResNet-18's time, 5 % of ResNet-50's, and more
-of a network as small as a CIFAR ResNet. Nor does a narrow quantizer read a wide one: see
-`_emit_covered`.
+file's own meaning with the quantizer, 1e-7 without.) Without it the kernel still does the addition,
+if the engine is kept from taking it away first: see `backends/openvino.py`. Nor does a narrow
+quantizer read a wide one: see `_emit_covered`.
 """
 
 from __future__ import annotations

@@ -113,17 +113,35 @@ def test_weights_below_eight_bits_are_unpacked_once_at_load(tmp_path):
 
 
 @needs_openvino
-def test_a_residual_add_is_no_kernel_of_its_own_behind_a_projection_and_one_behind_an_identity(
-    tmp_path,
-):
+def test_a_global_mean_is_one_integer_kernel_as_it_was_exported(tmp_path):
+    path = tmp_path / "model.onnx"
+    _, _, result = lowered("depthwise", "w8a8", path)
+    assert "mean.a8" in result.taps
+    written = [node.op_type for node in onnx.load(path).graph.node]
+    assert "ReduceMean" in written
+    assert "Flatten" not in written  # behind a pool on codes; a change of layout here
+    (mean,) = [n for n in target.compiled_nodes(path) if n["layerType"] == "Reduce"]
+    assert mean["outputPrecisions"] == "u8"
+
+
+@needs_openvino
+def test_a_residual_add_is_no_kernel_of_its_own(tmp_path):
     path = tmp_path / "model.onnx"
     lowered("residual", "w8a8", path)
-    nodes = [(n["layerType"], n["originalLayersNames"]) for n in target.compiled_nodes(path)]
-    (projected,) = (names for kind, names in nodes if "relu_4.a8" in names.split(","))
-    assert "layer2.conv2" in projected.split(",")
-    (identity,) = ((kind, names) for kind, names in nodes if "relu_2.a8" in names.split(","))
-    assert identity[0] == "Subgraph"
-    assert "layer1.conv2" not in identity[1]
+    nodes = [n["originalLayersNames"].split(",") for n in target.compiled_nodes(path)]
+    (projected,) = (names for names in nodes if "relu_4.a8" in names)
+    assert "layer2.conv2" in projected
+    (identity,) = (names for names in nodes if "relu_2.a8" in names)
+    assert "layer1.conv2" in identity
+
+
+@needs_openvino
+@pytest.mark.parametrize(("net", "kernels"), [("residual", 0), ("attention", 1)])
+def test_snippets_are_left_to_attention(net, kernels, tmp_path):
+    path = tmp_path / "model.onnx"
+    lowered(net, "w8a8", path)
+    found = [n for n in target.compiled_nodes(path) if n["layerType"] == "Subgraph"]
+    assert min(len(found), 1) == kernels
 
 
 @needs_openvino
