@@ -251,7 +251,7 @@ def test_a_ratio_for_a_depthwise_layer_is_that_of_its_channels():
 
 def test_nothing_to_prune_is_refused():
     with pytest.raises(UnsupportedError, match="no group of channels can be pruned"):
-        choose(models.trace_tiny("grouped"), Options(ratio=0.3))
+        choose(models.trace_tiny("concat"), Options(ratio=0.3))
 
 
 def test_the_same_decision_every_time():

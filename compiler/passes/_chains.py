@@ -28,7 +28,7 @@ from dfqc.compiler.covariance import (
 )
 from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import AVERAGING, Moments
-from dfqc.compiler.passes._layers import bias_or_zero
+from dfqc.compiler.passes._layers import bias_or_zero, dense_weight
 from dfqc.compiler.placement import CAT, GRID_PRESERVING
 
 _aten = torch.ops.aten
@@ -175,7 +175,7 @@ def _start(chain: Chain, rows: tuple[Rows, ...], source: Moments, model: InputMo
     layers = [row.graph.module.get_submodule(chain.producer) for row in rows]
     first = layers[0]
     weight = torch.cat(
-        [row.pick(_dense(cast(Any, m))) for row, m in zip(rows, layers, strict=True)]
+        [row.pick(dense_weight(cast(Any, m))) for row, m in zip(rows, layers, strict=True)]
     )
     bias = torch.cat(
         [
@@ -195,22 +195,6 @@ def _start(chain: Chain, rows: tuple[Rows, ...], source: Moments, model: InputMo
 
     expected = (weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3)) + bias
     return Signal(expected, covariance((0, 0)).diagonal().clone(), _remember(covariance))
-
-
-def _dense(module: nn.Conv2d | nn.Linear) -> Tensor:
-    """Return a weight as (outputs, all channels, height, width), zeros between groups."""
-    weight = module.weight.detach()
-    if isinstance(module, nn.Linear):
-        return weight[:, :, None, None]
-    if module.groups == 1:
-        return weight
-    per = module.out_channels // module.groups
-    blocks = weight.new_zeros(module.out_channels, module.in_channels, *module.kernel_size)
-    for group in range(module.groups):
-        out = slice(group * per, (group + 1) * per)
-        size = weight.shape[1]
-        blocks[out, group * size : (group + 1) * size] = weight[out]
-    return blocks
 
 
 def _per_channel(layer: nn.Module, value: Tensor) -> Tensor:
