@@ -40,6 +40,11 @@ class Read:
         old = weight[self.rows, self.columns]
         weight[self.rows, self.columns] = part.reshape(old.shape)
 
+    def inputs(self, use: Use) -> Tensor:
+        """Return which of the layer's inputs the part multiplies."""
+        places = use.offset + self.channels[:, None] * use.spread
+        return (places + torch.arange(use.spread)).flatten()
+
     def holds(self, channel: int) -> bool:
         """Report whether a channel of the group is one of the part's."""
         return int(self.channels[0]) <= channel <= int(self.channels[-1])

@@ -208,13 +208,11 @@ class Restorer:
         if changed:
             rows += (Rows(self.noisy, kept),)
         signal = follow_chain(chain, rows, self.inputs[chain.producer], self.options.inputs)
-        columns = slice(use.offset, use.offset + group.size * use.spread)
         maps = self.inputs[use.layer]
-        if isinstance(layer, nn.Linear):
-            own = Moments(maps.mean[..., columns], maps.var[..., columns])
-        else:
-            own = Moments(maps.mean[:, columns], maps.var[:, columns])
-        order = torch.cat([read.channels, kept]) if changed else read.channels
+        columns, axis = read.inputs(use), -1 if isinstance(layer, nn.Linear) else 1
+        own = Moments(*(one.index_select(axis, columns) for one in (maps.mean, maps.var)))
+        every = torch.arange(len(read.channels))
+        order = torch.cat([every, keep]) if changed else every
         limit = self.options.largest
         found = gather_patches(layer, use.spread, signal, own, order, limit=limit)
         return PatchMoments(*found, split=len(read.channels), keep=None if changed else keep)
