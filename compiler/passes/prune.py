@@ -123,6 +123,7 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
         some = [f"{name}: {reason}" for name, reason in left.items()] or ["it has no layers"]
         raise UnsupportedError(
             f"prune: no group of channels can be pruned, expected at least one; {_list_some(some)}"
+            f"{_hint(some)}"
         )
     fixed = _match_layers(every, left, options)
     given = dict(curves or {})
