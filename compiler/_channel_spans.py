@@ -6,6 +6,7 @@ row of spans, one atom each; sums and products unite atoms. A frozen atom keeps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
@@ -68,6 +69,7 @@ class Atoms:
 
     sizes: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
+    slices: list[int] = field(default_factory=list)  # equal runs that must stay of one length
     reasons: dict[int, str] = field(default_factory=dict)  # frozen, and why
     residual: set[int] = field(default_factory=set)
     partial: set[int] = field(default_factory=set)  # pass a norm or depthwise layer with others
@@ -76,6 +78,7 @@ class Atoms:
         """Return a new atom."""
         self.sizes.append(size)
         self.parents.append(len(self.parents))
+        self.slices.append(1)
         return len(self.parents) - 1
 
     def find(self, atom: int) -> int:
@@ -89,12 +92,18 @@ class Atoms:
         """Keep all channels of the atom; the first reason counts."""
         self.reasons.setdefault(self.find(atom), reason)
 
+    def divide(self, atom: int, count: int) -> None:
+        """Let equally many channels go of each of `count` runs, which divide the atom's size."""
+        atom = self.find(atom)
+        self.slices[atom] = math.lcm(self.slices[atom], count)
+
     def unite(self, first: int, second: int) -> None:
         """Make one of two atoms of one size."""
         a, b = sorted((self.find(first), self.find(second)))
         if a == b:
             return
         self.parents[b] = a
+        self.divide(a, self.slices[b])
         if b in self.reasons:
             self.reasons.setdefault(a, self.reasons.pop(b))
         for marked in (self.residual, self.partial):

@@ -89,21 +89,26 @@ class Walk:
                 self._shared[path] = self._make(path, size)
                 self.atoms.freeze(self._shared[path], reason)
             return Layout(axis, (Span(self._shared[path], 1, None),))
-        if groups > 1:
-            if groups == layer.in_channels and x is not None and x.axis == axis:
-                return self._pass_depthwise(node, layer, x)
-            reason = f"{path} is a grouped convolution"
-            self._freeze(node, reason)
-            atom = self._make(path, size)
-            self.atoms.freeze(atom, reason)
-            return Layout(axis, (Span(atom, 1, ()),))
         if x is not None and x.axis != axis:
             self._freeze(node, f"{path} reads another axis than the channels'")
         elif x is not None:
-            for span, offset in self.offsets(x):
-                self.uses.append((span.atom, Use(path, span.spread, offset), span.trail))
-                self.sites.append((span.atom, Site("input", path, span.spread, offset)))
-        return Layout(axis, (Span(self._make(path, size), 1, ()),))
+            if 1 < groups == layer.in_channels:
+                return self._pass_depthwise(node, layer, x)
+            self._read(node, x, groups)
+        atom = self._make(path, size)
+        self.atoms.divide(atom, groups)
+        return Layout(axis, (Span(atom, 1, ()),))
+
+    def _read(self, node: fx.Node, x: Layout, groups: int) -> None:
+        """Note what a layer reads; the groups of a convolution must go on reading equally much."""
+        path = str(node.target)
+        if groups > 1 and (len(x.spans) > 1 or self.atoms.sizes[x.spans[0].atom] % groups):
+            self._freeze(node, f"{path} has groups that read parts of several maps")
+            return
+        for span, offset in self.offsets(x):
+            self.uses.append((span.atom, Use(path, span.spread, offset), span.trail))
+            self.sites.append((span.atom, Site("input", path, span.spread, offset)))
+            self.atoms.divide(span.atom, groups)
 
     def _make(self, path: str, size: int) -> int:
         atom = self.atoms.add(size)

@@ -3,6 +3,12 @@
 Channels of a residual sum belong to all layers that are summed; depthwise layers, batch norms and
 per-channel constants shrink along; concatenation and flattening move them. A group that anything
 touches which is not understood cannot be pruned, and says why.
+
+A convolution with groups stays legal because each of its groups loses equally many channels, on the
+side that it reads and on the side that it makes, each side by itself. Which ones is free within
+each group, so the criteria still choose, the convolution shrinks on both sides as a dense one does,
+and what is left of a group makes up for what is gone. Removing whole groups would tie both sides
+together, in units of a whole group, and leave nothing that could make up for them.
 """
 
 from __future__ import annotations
@@ -30,6 +36,8 @@ class Group:
     Attributes:
         name: the first producer.
         size: number of channels.
+        slices: the channels are so many equal runs, and equally many of each stay: the groups of
+            convolutions that make or read them; 1 if there are none.
         producers: dense layers whose output channels these are.
         norms: batch norms on them.
         through: depthwise layers, each channel through by itself, in the order they run.
@@ -47,6 +55,7 @@ class Group:
 
     name: str
     size: int
+    slices: int
     producers: tuple[str, ...]
     norms: tuple[str, ...]
     through: tuple[str, ...]
@@ -84,7 +93,8 @@ def remove(graph: Graph, keep: Mapping[str, Tensor]) -> Graph:
 
     Args:
         graph: folded or not.
-        keep: sorted int64 indices of the channels that stay, by group; other groups stay whole.
+        keep: sorted int64 indices of the channels that stay, by group, equally many of each of its
+            slices; other groups stay whole.
 
     Raises:
         ValueError: a group that is not there or cannot be pruned, or indices that do not fit.
@@ -123,8 +133,10 @@ def _make(
     reason = atoms.reasons.get(atom, "")
     if not reason and not uses:
         reason = "no layer reads these channels"
-    if not reason and atoms.sizes[atom] == 1:
-        reason = "there is only one channel"
+    slices = atoms.slices[atom]
+    if not reason and atoms.sizes[atom] == slices:
+        each = f" in each of the {slices} groups of a convolution" if slices > 1 else ""
+        reason = f"there is only one channel{each}"
     users, trails = tuple(use for use, _ in uses), {trail for _, trail in uses}
     trail = trails.pop() if len(trails) == 1 else None
     alone = len(producers) == 1 and atom not in atoms.partial
@@ -136,6 +148,7 @@ def _make(
     return Group(
         name=producers[0],
         size=atoms.sizes[atom],
+        slices=slices,
         producers=tuple(producers),
         norms=targets("norm"),
         through=targets("through"),
@@ -159,6 +172,11 @@ def _check(group: Group | None, name: str, indices: Tensor) -> None:
     inside = all(0 <= value < group.size for value in values)
     if not values or not inside or values != sorted(set(values)):
         raise ValueError(f"{name}: expected sorted indices of 1 to {group.size} channels to keep")
+    counts = torch.bincount(indices.cpu() // (group.size // group.slices), minlength=group.slices)
+    if int(counts.min()) != int(counts.max()):
+        raise ValueError(
+            f"{name}: expected equally many channels to keep of each of {group.slices} slices"
+        )
 
 
 def _shrink_size(node: fx.Node, position: int, count: int) -> None:
@@ -186,10 +204,10 @@ def _shrink(root: nn.Module, kind: str, target: str, axis: int, lost: Tensor) ->
             _take(module, name, 0, lost)
         module.num_features -= len(lost)
     elif kind == "input":
-        _take(module, "weight", 0 if isinstance(module, nn.ConvTranspose2d) else 1, lost)
+        _take_weight(module, 0 if isinstance(module, nn.ConvTranspose2d) else 1, lost)
         _count(module, "in", len(lost))
     elif kind == "output":
-        _take(module, "weight", 1 if isinstance(module, nn.ConvTranspose2d) else 0, lost)
+        _take_weight(module, 1 if isinstance(module, nn.ConvTranspose2d) else 0, lost)
         _take(module, "bias", 0, lost)
         _count(module, "out", len(lost))
     else:
@@ -205,6 +223,20 @@ def _shrink_depthwise(module: Any, lost: Tensor) -> None:
     module.in_channels -= len(lost)
     module.out_channels -= len(outputs)
     module.groups -= len(lost)
+
+
+def _take_weight(module: Any, axis: int, lost: Tensor) -> None:
+    """Drop channels of a weight; axis 1 is that of one group, beside which the others lie."""
+    groups = getattr(module, "groups", 1)
+    if axis == 0 or groups == 1:
+        _take(module, "weight", axis, lost)
+        return
+    weight: Tensor = module.weight.detach()
+    kept = torch.ones(groups * weight.shape[1], dtype=torch.bool)
+    kept[lost] = False
+    blocks = zip(weight.chunk(groups), kept.to(weight.device).chunk(groups), strict=True)
+    left = torch.cat([block[:, own] for block, own in blocks])
+    module.weight = nn.Parameter(left, requires_grad=False)
 
 
 def _count(layer: Layer, side: str, lost: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from dfqc.compiler.errors import UsageError
@@ -11,6 +11,7 @@ from dfqc.compiler.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dfqc.compiler.channels import Group
     from dfqc.compiler.graph import Graph
     from dfqc.compiler.passes.prune import Curve, Decision
 
@@ -22,7 +23,7 @@ def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], di
     decision = decide(recipe, graph)
     groups = {group.name: group for group in find_groups(graph)}
     if not decision.keep:
-        raise UsageError(_why_nothing_goes(recipe, max(groups[n].size for n in decision.ratios)))
+        raise UsageError(_why_nothing_goes(recipe, [groups[name] for name in decision.ratios]))
     rows = [
         {
             "name": name,
@@ -44,17 +45,20 @@ def choose_channels(recipe: Recipe, graph: Graph) -> tuple[dict[str, Tensor], di
     }
 
 
-def _why_nothing_goes(recipe: Recipe, widest: int) -> str:
+def _why_nothing_goes(recipe: Recipe, groups: Sequence[Group]) -> str:
     for name in ("params", "macs"):
         if part := getattr(recipe, name):
             return (
                 f"prune: no layer loses a channel: the model keeps --{name} {part:g} as it is; ask "
                 "for less"
             )
+    widest = max(group.size for group in groups)
+    slices = max(group.slices for group in groups)
+    grouped = f", equally many of each of up to {slices} groups of a convolution" * (slices > 1)
     return (
         f"prune: no layer loses a channel: the widest group that can be pruned has {widest}, and "
-        f"kept channels are multiples of {recipe.channel_multiple}; ask for more, or lower "
-        "--channel-multiple"
+        f"kept channels are multiples of {recipe.channel_multiple}{grouped}; ask for more, or "
+        "lower --channel-multiple"
     )
 
 

@@ -18,13 +18,18 @@ IMAGE = ImageSpec((3, 8, 8), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def draw(graph: Graph, ratio: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
-    """Draw the channels to keep of every prunable group."""
+    """Draw the channels to keep of every prunable group, equally many of each slice."""
     rng = torch.Generator().manual_seed(seed)
     keep = {}
     for group in find_groups(graph):
         if group.prunable:
-            gone = max(1, int(ratio * group.size))
-            keep[group.name] = torch.randperm(group.size, generator=rng)[gone:].sort().values
+            length = group.size // group.slices
+            gone = max(1, int(ratio * length))
+            kept = [
+                i * length + torch.randperm(length, generator=rng)[gone:].sort().values
+                for i in range(group.slices)
+            ]
+            keep[group.name] = torch.cat(kept)
     return keep
 
 
@@ -36,8 +41,13 @@ def silence(graph: Graph, keep: Mapping[str, Tensor]) -> Graph:
             for use in group.users:
                 first = use.offset + c * use.spread
                 layer = graph.module.get_submodule(use.layer)
-                axis = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
-                layer.weight.data.narrow(axis, first, use.spread).zero_()
+                if isinstance(layer, nn.ConvTranspose2d):
+                    layer.weight.data.narrow(0, first, use.spread).zero_()
+                    continue
+                i, first = divmod(first, layer.weight.shape[1])  # which group, and where in it
+                rows = len(layer.weight) // getattr(layer, "groups", 1)
+                own = layer.weight.data.narrow(0, i * rows, rows)
+                own.narrow(1, first, use.spread).zero_()
     return graph
 
 
@@ -47,9 +57,13 @@ def disturb(graph: Graph, keep: Mapping[str, Tensor]) -> Graph:
     for group in find_groups(graph):
         for path in group.producers:
             layer = graph.module.get_submodule(path)
-            axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
             for c in lost(group.size, keep.get(group.name)):
-                layer.weight.data.narrow(axis, c, 1).mul_(-0.5)
+                if isinstance(layer, nn.ConvTranspose2d):
+                    i, column = divmod(c, layer.weight.shape[1])
+                    rows = len(layer.weight) // layer.groups
+                    layer.weight.data[i * rows : (i + 1) * rows, column].mul_(-0.5)
+                else:
+                    layer.weight.data[c].mul_(-0.5)
     return graph
 
 

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import models
 import pruning
 from dfqc.compiler.channels import find_groups, remove
 from pruning import conv, groups_of, trace_function
@@ -55,9 +54,40 @@ def test_option_a_shortcuts_stay_whole():
     pruning.check(graph)
 
 
-def test_grouped_convolutions_stay_whole():
-    graph = models.trace_tiny("grouped")
-    assert reason(graph, "stem.0") == reason(graph, "grouped") == "grouped is a grouped convolution"
+def test_one_channel_per_group_of_a_convolution_stays():
+    graph = trace_function(
+        lambda m, x: m.fc(F.relu(m.b(F.relu(m.a(F.relu(m.stem(x)))))).mean((2, 3))),
+        stem=lambda: conv(3, 8),
+        a=lambda: conv(8, 4, groups=4),
+        b=lambda: conv(4, 8, groups=2),
+        fc=lambda: nn.Linear(8, 3),
+    )
+    assert (
+        reason(graph, "a.0") == "there is only one channel in each of the 4 groups of a convolution"
+    )
+    assert groups_of(graph)["stem.0"].slices == 4
+    assert groups_of(graph)["b.0"].slices == 2
+    pruning.check(graph)
+
+
+def test_groups_of_a_convolution_that_share_maps_stay_whole():
+    def forward(m, x):
+        x = F.relu(m.stem(x))
+        x = F.relu(m.mixed(torch.cat([F.relu(m.a(x)), F.relu(m.b(x))], 1)))
+        return m.fc(x.mean((2, 3)))
+
+    graph = trace_function(
+        forward,
+        stem=lambda: conv(3, 6),
+        a=lambda: conv(6, 4),
+        b=lambda: conv(6, 8),
+        mixed=lambda: conv(12, 6, groups=3),
+        fc=lambda: nn.Linear(6, 3),
+    )
+    why = "mixed.0 has groups that read parts of several maps"
+    assert reason(graph, "a.0") == reason(graph, "b.0") == why
+    assert groups_of(graph)["mixed.0"].prunable
+    pruning.check(graph)
 
 
 def test_shared_modules_stay_whole():

@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import models
 import pruning
@@ -14,7 +16,7 @@ from dfqc.compiler.passes.curve import error_curves
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.prune import Curve, Options, choose, prune
 from dfqc.compiler.passes.restore import Options as RestoreOptions
-from pruning import IMAGE, chain
+from pruning import IMAGE, chain, conv, trace_function
 
 CRITERIA = ("l1", "l2", "bn", "output", "restored", "moments")
 
@@ -251,7 +253,20 @@ def test_a_ratio_for_a_depthwise_layer_is_that_of_its_channels():
 
 def test_nothing_to_prune_is_refused():
     with pytest.raises(UnsupportedError, match="no group of channels can be pruned"):
-        choose(models.trace_tiny("grouped"), Options(ratio=0.3))
+        choose(models.trace_tiny("concat"), Options(ratio=0.3))
+
+
+def test_sums_that_are_all_there_is_are_hinted_at():
+    """As in RepVGG: every layer's output is a sum of branches."""
+    graph = trace_function(
+        lambda m, x: m.fc(F.relu(m.a(x) + m.b(x)).mean((2, 3))),
+        a=lambda: conv(3, 8),
+        b=lambda: conv(3, 8, k=1),
+        fc=lambda: nn.Linear(8, 3),
+    )
+    with pytest.raises(UnsupportedError, match=r"a residual sum.*; allow residual channels"):
+        choose(graph, Options(ratio=0.3))
+    assert choose(graph, Options(ratio=0.3, residual=True)).keep
 
 
 def test_the_same_decision_every_time():

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import models
 from dfqc.compiler.channels import find_groups
 from dfqc.compiler.graph import batch_norms, count_params, verify
+from dfqc.compiler.passes._reads import split_reads
 from dfqc.compiler.passes.curve import error_curve, error_curves
 from dfqc.compiler.passes.restore import Options, Restorer, restore
 
@@ -269,8 +270,10 @@ def test_the_curve_is_the_error_of_a_new_fit():
     graph = models.trace_module(module)
     group = next(g for g in find_groups(graph) if g.name == "conv1")
     order, errors = error_curve(graph, group, Options(ridge=1e-9))
+    conv2 = graph.module.get_submodule("conv2")
+    (read,) = split_reads(conv2, group, group.users[0])
     moments = Restorer(graph, {}, Options()).patch_moments(
-        graph.module.get_submodule("conv2"), group, group.users[0], torch.arange(6)
+        conv2, group, group.users[0], read, torch.arange(6)
     )
     full = moments.near
     weight = module.conv2.weight.detach()[:, :, 0, 0].double()

@@ -238,9 +238,9 @@ def test_what_cannot_be_is_refused_before_any_work(shared, capsys, given, text):
 
 
 def test_a_network_of_which_nothing_can_go_is_not_supported(shared, capsys):
-    done = run(capsys, shared, "build", *shared.weights("grouped"), *QUICK, "--prune", "0.3")
+    done = run(capsys, shared, "build", *shared.weights("concat"), *QUICK, "--prune", "0.3")
     assert done.code == 4
-    for reason in ("stem.0: ", "grouped: grouped is a grouped convolution", "head.fc: channels of"):
+    for reason in ("left.0: ", "inner.0: reshape splits or merges", "head.fc: channels of"):
         assert reason in done.user_fault
 
 

@@ -171,46 +171,37 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _start(chain: Chain, rows: tuple[Rows, ...], source: Moments, model: InputModel) -> Signal:
-    """Return what the producer puts out."""
-    layers = [row.graph.module.get_submodule(chain.producer) for row in rows]
-    first = layers[0]
-    weight = torch.cat(
-        [row.pick(_dense(cast(Any, m))) for row, m in zip(rows, layers, strict=True)]
-    )
-    bias = torch.cat(
-        [
-            row.pick(bias_or_zero(cast(Any, m), len(cast(Tensor, m.weight))))
-            for row, m in zip(rows, layers, strict=True)
-        ]
-    )
+    """Return what the producer puts out; its groups have no input in common."""
+    layers = [cast(Any, row.graph.module.get_submodule(chain.producer)) for row in rows]
+    first, pairs = layers[0], list(zip(rows, layers, strict=True))
+    size = len(first.weight)
+    weight = torch.cat([row.pick(m.weight) for row, m in pairs])
+    weight = weight[:, :, None, None] if isinstance(first, nn.Linear) else weight
+    bias = torch.cat([row.pick(bias_or_zero(m, size)) for row, m in pairs])
     mean, var = (_per_channel(first, value) for value in (source.mean, source.var))
     if model == "identity":
         var = torch.ones_like(var)
-    dilation = pair(first.dilation) if isinstance(first, nn.Conv2d) else (1, 1)
-    stride = pair(first.stride) if isinstance(first, nn.Conv2d) else (1, 1)
-    products = kernel_products(weight, var, dilation)
+    dilation, stride, groups = (1, 1), (1, 1), 1
+    if isinstance(first, nn.Conv2d):
+        dilation, stride, groups = pair(first.dilation), pair(first.stride), first.groups
+    owner = torch.cat([row.pick(torch.arange(size) // (size // groups)) for row in rows]).long()
+    mean, var = mean.view(groups, -1), var.view(groups, -1)
+    own = [(owner == i).nonzero().flatten() for i in range(groups)]
+    products = [
+        (places, kernel_products(weight[places], var[i], dilation))
+        for i, places in enumerate(own)
+        if len(places)
+    ]
 
     def covariance(lag: Lag) -> Tensor:
-        return output_covariance(products, (lag[0] * stride[0], lag[1] * stride[1]), model)
+        total = weight.new_zeros(len(weight), len(weight))
+        apart = (lag[0] * stride[0], lag[1] * stride[1])
+        for places, blocks in products:
+            total[places[:, None], places] = output_covariance(blocks, apart, model)
+        return total
 
-    expected = (weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3)) + bias
+    expected = (weight * mean[owner][:, :, None, None]).sum((1, 2, 3)) + bias
     return Signal(expected, covariance((0, 0)).diagonal().clone(), _remember(covariance))
-
-
-def _dense(module: nn.Conv2d | nn.Linear) -> Tensor:
-    """Return a weight as (outputs, all channels, height, width), zeros between groups."""
-    weight = module.weight.detach()
-    if isinstance(module, nn.Linear):
-        return weight[:, :, None, None]
-    if module.groups == 1:
-        return weight
-    per = module.out_channels // module.groups
-    blocks = weight.new_zeros(module.out_channels, module.in_channels, *module.kernel_size)
-    for group in range(module.groups):
-        out = slice(group * per, (group + 1) * per)
-        size = weight.shape[1]
-        blocks[out, group * size : (group + 1) * size] = weight[out]
-    return blocks
 
 
 def _per_channel(layer: nn.Module, value: Tensor) -> Tensor:

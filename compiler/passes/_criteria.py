@@ -16,7 +16,15 @@ from torch import Tensor, fx, nn
 from dfqc.compiler.channels import Group, Use
 from dfqc.compiler.graph import Graph, Norm, batch_norms, has_batch_norm, layer_nodes
 from dfqc.compiler.moments import Moments, node_moments
-from dfqc.compiler.passes._layers import Layer, bias_or_zero, norm_affine, readers, scale_outputs
+from dfqc.compiler.passes._layers import (
+    Layer,
+    bias_or_zero,
+    input_taps,
+    norm_affine,
+    output_rows,
+    readers,
+    scale_outputs,
+)
 from dfqc.compiler.placement import ADD
 
 Criterion: TypeAlias = Literal["l1", "l2", "bn", "output", "restored"]
@@ -82,17 +90,23 @@ def rank_channels(
     by the moments of its activation. The error of these is that energy, lost. `restored` takes
     away, step by step, the channel whose removal adds least to the error that is left after
     replacing all removed ones by linear combinations of the others; groups where that cannot be
-    done go by `output`. Several producers count together.
+    done go by `output`. Several producers count together. Slices of a group go by turns.
     """
     gram, bias = _gram(graph, group, context.norms)
     reads = [_read(graph, group, use, context, gram.diagonal()) for use in group.users]
     energy = torch.stack([read.energy for read in reads]).sum(0)
     if criterion == "restored" and group.restorable:
         rows = gram + shift * torch.outer(bias, bias)
+        if group.slices > 1:  # the groups of a convolution share no inputs, or no outputs
+            owner = torch.arange(group.size) // (group.size // group.slices)
+            rows = rows * (owner == owner[:, None])
         weight = torch.zeros_like(bias)
         for read in reads:  # what is lost when all channels are gone does not depend on how
             weight += read.columns * read.energy.sum() / _sum(read.columns * rows.diagonal())
         order, error = eliminate(rows, weight, ridge)
+        if group.slices > 1:  # slices are apart: each step costs what it did
+            turn = take_turns(order, group.slices)
+            order, error = order[turn], error.diff(prepend=error.new_zeros(1))[turn].cumsum(0)
         return Curve(order, error, torch.empty_like(error).scatter_(0, order, error))
     scores = energy
     if criterion in ("l1", "l2"):
@@ -100,7 +114,17 @@ def rank_channels(
     elif criterion == "bn":
         scores = gram.diagonal().sqrt()
     order = torch.argsort(scores, stable=True)
+    order = order[take_turns(order, group.slices)]
     return Curve(order, energy[order].cumsum(0), scores)
+
+
+def take_turns(order: Tensor, slices: int) -> Tensor:
+    """Return the places of `order` so that all slices lose their first, then their second, ..."""
+    if slices == 1:
+        return torch.arange(len(order))
+    owner = order // (len(order) // slices)
+    turns = nn.functional.one_hot(owner, slices).cumsum(0)
+    return torch.argsort(turns.gather(1, owner.unsqueeze(1)).flatten(), stable=True)
 
 
 def eliminate(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -194,10 +218,7 @@ def _scaled(graph: Graph, path: str, norms: Norms) -> tuple[Tensor, Tensor]:
 
 def _filters(layer: Layer) -> Tensor:
     """Return the weights of every output channel as a row, in double precision."""
-    weight: Tensor = layer.weight.detach().double()
-    if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1:
-        weight = weight.transpose(0, 1)
-    return weight.flatten(1)
+    return output_rows(layer, layer.weight.detach().double())
 
 
 class _Read(NamedTuple):
@@ -218,8 +239,7 @@ def _read(graph: Graph, group: Group, use: Use, context: Context, rows: Tensor) 
     norm = context.norms.get(use.layer)
     if norm is not None:
         weight = scale_outputs(layer, weight, norm_affine(norm.module)[0])
-    axis = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
-    taps = weight.transpose(0, axis).flatten(2) if weight.dim() == 4 else weight.T.unsqueeze(2)
+    taps = input_taps(layer, weight)
     columns = taps.square().sum((1, 2))
     own = slice(use.offset, use.offset + group.size * use.spread)
     read = columns[own].reshape(group.size, use.spread).sum(1)

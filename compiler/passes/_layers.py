@@ -65,6 +65,39 @@ def spread_inputs(layer: Layer, values: torch.Tensor) -> torch.Tensor:
     return repeated.flatten(0, 1)
 
 
+def dense_weight(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
+    """Return a weight as (outputs, all inputs, height, width), zeros between groups."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Linear):
+        return weight[:, :, None, None]
+    if layer.groups == 1:
+        return weight
+    blocks = weight.new_zeros(layer.out_channels, layer.in_channels, *layer.kernel_size)
+    rows, columns = (count // layer.groups for count in (layer.out_channels, layer.in_channels))
+    for i in range(layer.groups):
+        own = slice(i * rows, (i + 1) * rows)
+        blocks[own, i * columns : (i + 1) * columns] = weight[own]
+    return blocks
+
+
+def output_rows(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
+    """Return what makes every output channel as a row, (outputs, inputs of its group * taps)."""
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return weight.flatten(1)
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, in, out, kh, kw)
+    return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def input_taps(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
+    """Return what reads every input channel, (inputs, outputs of its group, taps)."""
+    if isinstance(layer, nn.Linear):
+        return weight.T.unsqueeze(2)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return weight.flatten(2)
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, out, in, kh, kw)
+    return grouped.transpose(1, 2).flatten(0, 1).flatten(2)
+
+
 def sum_shift(layer: Layer, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Return what a constant input `shift` adds to each output channel."""
     if isinstance(layer, nn.ConvTranspose2d):

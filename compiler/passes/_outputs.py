@@ -11,8 +11,15 @@ from torch.nn import functional as F
 
 from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import Moments
-from dfqc.compiler.passes._layers import bias_or_zero, count_calls, norm_affine, readers
+from dfqc.compiler.passes._layers import (
+    bias_or_zero,
+    count_calls,
+    dense_weight,
+    norm_affine,
+    readers,
+)
 from dfqc.compiler.passes._patches import PatchMoments, tap_correlation, tap_places
+from dfqc.compiler.passes._reads import Read
 from dfqc.compiler.passes._restoration import Filters
 
 MOST = 2.0  # a variance is not corrected by more than this factor of the standard deviation
@@ -56,6 +63,15 @@ class Outputs:
         return norm_affine(self.norm)[0].cpu()
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Part of a weight whose channels' moments are known; `keep` counts from its first channel."""
+
+    moments: PatchMoments
+    read: Read
+    keep: Tensor
+
+
 def find_outputs(graph: Graph, path: str) -> Outputs:
     """Return where the outputs of a layer are corrected."""
     layer = graph.module.get_submodule(path)
@@ -76,9 +92,12 @@ def _own_norm(graph: Graph, node: fx.Node) -> nn.BatchNorm2d | nn.BatchNorm1d | 
 
 
 def find_filters(graph: Graph, path: str) -> Filters:
-    """Return a layer's filters with the batch norm behind it; one that does nothing without."""
+    """Return a layer's filters with the batch norm behind it; one that does nothing without.
+
+    Filters of different groups have no input in common.
+    """
     outputs = find_outputs(graph, path)
-    weight = outputs.layer.weight.detach().cpu().double().flatten(1)
+    weight = dense_weight(outputs.layer).cpu().double().flatten(1)
     bias = bias_or_zero(outputs.layer, len(weight)).cpu()
     norm, ones = outputs.norm, torch.ones(len(weight), dtype=torch.float64)
     if norm is None:
@@ -110,20 +129,21 @@ def predict_variance(
     before: Tensor,
     after: Tensor,
     maps: Moments,
-    parts: Sequence[tuple[PatchMoments, slice, Tensor]],
+    parts: Sequence[Fitted],
 ) -> tuple[Tensor, Tensor]:
     """Return the variances (channels,) of the outputs of two weights of one shape.
 
     Channels of `parts` vary as their moments say; the others are taken as independent with
     correlated neighbors.
     """
-    rest = torch.ones(before.shape[1], dtype=torch.bool)
+    rest = torch.ones(before.shape[:2], dtype=torch.bool)
     totals = [torch.zeros(len(before), dtype=torch.float64) for _ in range(2)]
-    for moments, columns, keep in parts:
-        rest[columns] = False
-        old, new = (w[:, columns].reshape(len(w), moments.split, -1) for w in (before, after))
-        totals[0] += moments.predict(old, moments.target_rows())
-        totals[1] += moments.predict(new[:, keep], moments.kept_rows())
+    for part in parts:
+        read, moments = part.read, part.moments
+        rest[read.rows, read.columns] = False
+        old, new = read.take(before), read.take(after)[:, part.keep]
+        totals[0][read.rows] += moments.predict(old, moments.target_rows())
+        totals[1][read.rows] += moments.predict(new, moments.kept_rows())
     var = maps.var.reshape(-1, maps.var.shape[-1]).mean(0)
     taps = torch.ones(1, 1, dtype=torch.float64)
     if isinstance(layer, nn.Conv2d):

@@ -8,7 +8,7 @@ covariances, with one factor per pair of channels or one weight per pair of taps
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class Filters:
     gamma: Tensor
     beta: Tensor
     factor: Tensor
+
+    def pick(self, channels: Tensor) -> Filters:
+        """Return some of the channels."""
+        return Filters(*(getattr(self, part.name)[channels] for part in fields(self)))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return weight rows and bias with the batch norm in them."""

@@ -1,7 +1,8 @@
 """One group of channels in; the order to remove them in and the error after each removal out.
 
 The error is what is left after the users were fitted to the channels that stay (`restore`), so
-that a channel which others can stand in for costs nothing, however large its weights are.
+that a channel which others can stand in for costs nothing, however large its weights are. Slices of
+a group lose their channels by turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dfqc.compiler.moments import Moments, node_moments
 from dfqc.compiler.passes._criteria import Curve
 from dfqc.compiler.passes._layers import readers
 from dfqc.compiler.passes._outputs import find_outputs
+from dfqc.compiler.passes._patches import PatchMoments
+from dfqc.compiler.passes._reads import Read, split_reads
 from dfqc.compiler.passes.restore import Options, Restorer
 from dfqc.compiler.placement import ADD
 
@@ -63,13 +66,14 @@ def error_curve(graph: Graph, group: Group, options: Options) -> tuple[Tensor, T
 
 @dataclass
 class _Problem:
-    """One user's least squares: scaled weights (outputs, channels, taps) and C^-1, both live."""
+    """One part's least squares: scaled weights (outputs, channels, taps) and C^-1, both live."""
 
+    read: Read
     weight: Tensor
     inverse: Tensor  # (channels, taps, channels, taps)
 
     def costs(self) -> Tensor:
-        """Return what removing each channel costs now, (channels,)."""
+        """Return what removing each channel of the part costs now, (channels,)."""
         index = torch.arange(self.weight.shape[1])
         blocks = self.inverse[index, :, index]  # (channels, taps, taps)
         if self.weight.shape[2] == 1:
@@ -96,18 +100,28 @@ class _Problem:
 def _trace_curve(
     restorer: Restorer, known: Mapping[str, Moments], group: Group
 ) -> tuple[Tensor, Tensor] | None:
-    problems = [p for use in group.users if (p := _pose(restorer, known, group, use))]
+    problems = [p for use in group.users for p in _pose(restorer, known, group, use)]
     if not problems:
         return None
+    slices = torch.arange(group.size) // (group.size // group.slices)
     gone = torch.zeros(group.size, dtype=torch.bool)
+    ahead = torch.zeros(group.slices, dtype=torch.bool)  # slices that lost one more than others
+    costs = torch.zeros(len(problems), group.size, dtype=torch.float64)
     order, errors, total = [], [], 0.0
+    stale = list(range(len(problems)))
     for _ in range(group.size):
-        costs = torch.stack([problem.costs() for problem in problems]).sum(0)
-        cheapest = int(costs.masked_fill(gone, torch.inf).argmin())
-        total += max(0.0, float(costs[cheapest]))
-        for problem in problems:
-            problem.remove(cheapest)
+        for i in stale:
+            costs[i, problems[i].read.channels] = problems[i].costs()
+        now = costs.sum(0)
+        cheapest = int(now.masked_fill(gone | ahead[slices], torch.inf).argmin())
+        total += max(0.0, float(now[cheapest]))
+        stale = [i for i, problem in enumerate(problems) if problem.read.holds(cheapest)]
+        for i in stale:
+            problems[i].remove(cheapest - int(problems[i].read.channels[0]))
         gone[cheapest] = True
+        ahead[slices[cheapest]] = True
+        if ahead.all():
+            ahead.zero_()
         order.append(cheapest)
         errors.append(total)
     return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
@@ -115,23 +129,30 @@ def _trace_curve(
 
 def _pose(
     restorer: Restorer, known: Mapping[str, Moments], group: Group, use: Use
-) -> _Problem | None:
-    """Return one user's problem, None if its input is not understood."""
+) -> list[_Problem]:
+    """Return the problem of each part of a user, none if its input is not understood."""
     layer = restorer.original.module.get_submodule(use.layer)
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return None
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        return None
-    moments = restorer.patch_moments(layer, group, use, torch.arange(group.size))
-    if moments is None:
-        return None
-    every = moments.target_rows()
-    columns = slice(use.offset, use.offset + group.size * use.spread)
-    weight = layer.weight.detach().cpu().double()[:, columns]
-    weight = weight.reshape(len(weight), group.size, -1)
-    taps = weight.shape[2]
-    scale = _importance(restorer.original, use.layer, known, moments.predict(weight, every))
-    weight = weight * scale.sqrt().view(-1, 1, 1)
+        return []
+    whole = layer.weight.detach().cpu().double()
+    parts: list[tuple[Read, Tensor, PatchMoments]] = []
+    for read in split_reads(layer, group, use):
+        every = torch.arange(len(read.channels))
+        moments = restorer.patch_moments(layer, group, use, read, every)
+        if moments is None:
+            return []
+        parts.append((read, read.take(whole), moments))
+    found = torch.cat([m.predict(weight, m.target_rows()) for _, weight, m in parts])
+    scale = _importance(restorer.original, use.layer, known, found)
+    return [
+        _pose_part(read, weight * scale[read.rows].sqrt().view(-1, 1, 1), moments, restorer)
+        for read, weight, moments in parts
+    ]
+
+
+def _pose_part(read: Read, weight: Tensor, moments: PatchMoments, restorer: Restorer) -> _Problem:
+    """Return the problem of one part, its weight scaled."""
+    size, taps = weight.shape[1:]
     covariance = moments.near
     if covariance is None or len(covariance) > LARGEST:
         # One problem for all taps, as if they were further outputs.
@@ -146,8 +167,8 @@ def _pose(
     flat = weight.flatten(1)
     if len(flat) > flat.shape[1]:
         flat = torch.linalg.qr(flat, mode="r").R
-    fewer = flat.reshape(-1, group.size, taps).clone()
-    return _Problem(fewer, inverse.view(group.size, taps, group.size, taps))
+    fewer = flat.reshape(-1, size, taps).clone()
+    return _Problem(read, fewer, inverse.view(size, taps, size, taps))
 
 
 def _importance(graph: Graph, path: str, known: Mapping[str, Moments], found: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ class Options:
         criterion: which channels of a group go first; see `rank_channels`. `restored` and `moments`
             are for what restores them afterwards: `moments` takes the error behind the readers
             (`error_curves`), and groups that it does not understand go by `restored`.
-        multiple: kept channels are a multiple of this where a group is pruned at all.
+        multiple: kept channels are a multiple of this where a group is pruned at all; where a
+            convolution has groups, of the number of these too, and equally many of each stay.
         minimum: channels that every group keeps.
         most: part that a group may lose to a budget.
         residual: prune channels of residual sums too.
@@ -122,6 +123,7 @@ def choose(graph: Graph, options: Options, curves: Mapping[str, Curve] | None = 
         some = [f"{name}: {reason}" for name, reason in left.items()] or ["it has no layers"]
         raise UnsupportedError(
             f"prune: no group of channels can be pruned, expected at least one; {_list_some(some)}"
+            f"{_hint(some)}"
         )
     fixed = _match_layers(every, left, options)
     given = dict(curves or {})
@@ -196,10 +198,10 @@ def _count_removed(
     fixed: Mapping[str, float],
 ) -> dict[str, int]:
     """Return the number of channels that each group loses; `fixed` has the ratios by layer."""
-    removed = {g.name: _round(g.size, fixed[g.name], options) for g in groups if g.name in fixed}
+    removed = {g.name: _round(g, fixed[g.name], options) for g in groups if g.name in fixed}
     free = [group for group in groups if group.name not in fixed]
     if options.ratio is not None:
-        return removed | {g.name: _round(g.size, options.ratio, options) for g in free}
+        return removed | {g.name: _round(g, options.ratio, options) for g in free}
     budgets: tuple[tuple[Unit, float | None], ...] = (
         ("channels", None if options.channels is None else 1 - options.channels),
         ("params", options.params),
@@ -249,18 +251,19 @@ def _hint(reasons: Sequence[str]) -> str:
     return "; allow residual channels" if any(r.endswith(_RESIDUAL) for r in reasons) else ""
 
 
-def _round(size: int, ratio: float, options: Options) -> int:
+def _round(group: Group, ratio: float, options: Options) -> int:
     """Return how many channels go: at most `ratio` of them, in whole multiples that stay."""
-    wanted = math.floor(ratio * size + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    return max((n for n in _allowed(size, options) if n <= wanted), default=0)
+    wanted = math.floor(ratio * group.size + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return max((n for n in _allowed(group, options) if n <= wanted), default=0)
 
 
-def _allowed(size: int, options: Options) -> list[int]:
-    """List the numbers of channels that a group of `size` may lose."""
+def _allowed(group: Group, options: Options) -> list[int]:
+    """List the numbers of channels that a group may lose."""
+    step = math.lcm(options.multiple, group.slices)
     return [
-        size - kept
-        for kept in range(size - 1, 0, -1)
-        if kept >= options.minimum and kept % options.multiple == 0
+        group.size - kept
+        for kept in range(group.size - 1, 0, -1)
+        if kept >= options.minimum and kept % step == 0
     ]
 
 
@@ -274,9 +277,7 @@ def _meet_budget(
     every, free = groups
     unit, part, fixed = budget
     costs = Costs(graph, every, unit)
-    counts = {
-        g.name: [n for n in _allowed(g.size, options) if n <= options.most * g.size] for g in free
-    }
+    counts = {g.name: [n for n in _allowed(g, options) if n <= options.most * g.size] for g in free}
     target = math.floor(part * costs.full + 1e-9)
     found = allocate({g.name: curves[g.name] for g in free}, counts, costs, target, fixed)
     if found is None:

@@ -23,6 +23,7 @@ from dfqc.compiler.moments import Moments, input_moments
 from dfqc.compiler.passes import _restoration as forms
 from dfqc.compiler.passes._chains import Chain, Rows, find_chain, follow_chain
 from dfqc.compiler.passes._outputs import (
+    Fitted,
     Outputs,
     find_filters,
     find_outputs,
@@ -30,6 +31,7 @@ from dfqc.compiler.passes._outputs import (
     predict_variance,
 )
 from dfqc.compiler.passes._patches import PatchMoments, gather_patches
+from dfqc.compiler.passes._reads import Read, split_reads
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +109,8 @@ class Restorer:
         self.inputs, self.shapes = input_moments(graph), node_shapes(graph)
         self.uses: dict[str, list[tuple[Group, Use]]] = defaultdict(list)
         self.skipped: list[str] = []
-        self.makers: dict[str, Group] = {}
+        self.chains: dict[tuple[str, str], Chain | None] = {}
         for group in find_groups(graph):
-            self.makers |= dict.fromkeys(group.producers + group.through, group)
             for use in group.users:
                 self.uses[use.layer].append((group, use))
 
@@ -138,11 +139,11 @@ class Restorer:
     def _change(self, path: str, layer: nn.Conv2d | nn.Linear) -> None:
         exact = layer.weight.detach().cpu().double()
         maps = self.inputs.get(path)
-        parts: list[tuple[PatchMoments, slice, Tensor]] = []
-        changed = exact
+        parts: list[Fitted] = []
+        changed = exact.clone()
         for group, use in self.uses[path]:
-            columns = slice(use.offset, use.offset + group.size * use.spread)
-            changed = self._change_columns(changed, layer, group, use, columns, parts)
+            for read in split_reads(layer, group, use):
+                self._change_part(changed, layer, group, use, read, parts)
         outputs = find_outputs(self.work, path)
         if not torch.equal(changed, exact):
             layer.weight = _parameter(changed, layer.weight)
@@ -158,62 +159,63 @@ class Restorer:
             noisy.weight = _parameter(exact + error, layer.weight)
             self._fix(path, layer, restored, restored + error, maps, outputs, [])
 
-    def _change_columns(
+    def _change_part(
         self,
         weight: Tensor,
         layer: nn.Conv2d | nn.Linear,
         group: Group,
         use: Use,
-        columns: slice,
-        parts: list[tuple[PatchMoments, slice, Tensor]],
-    ) -> Tensor:
-        """Return the weight with one group's columns restored, the removed ones zero."""
-        keep = self.keep.get(group.name, torch.arange(group.size))
-        if len(keep) == group.size and self.compensate == "none":
-            return weight
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-            self.skipped.append(use.layer)
-            return weight
-        block = weight[:, columns].reshape(len(weight), group.size, -1)
-        whole = len(keep) == group.size
+        read: Read,
+        parts: list[Fitted],
+    ) -> None:
+        """Restore part of the weight in place; what multiplies removed channels becomes zero."""
+        keep = read.kept(self.keep.get(group.name, read.channels))
+        whole = len(keep) == len(read.channels)
+        if whole and self.compensate == "none":
+            return
+        block = read.take(weight)
         fits = not whole or self.compensate == "users"
-        moments = self.patch_moments(layer, group, use, keep) if fits else None
+        moments = self.patch_moments(layer, group, use, read, keep) if fits else None
         if moments is None and not whole and self.options.method != "none":
             self.skipped.append(use.layer)
         new = torch.zeros_like(block)
-        new[:, keep] = self._restored(block, group, keep, moments)
+        new[:, keep] = self._restored(block, group, read, keep, moments)
         if self.compensate == "scales" and len(group.producers) == 1:
-            new *= self._scales(group.producers[0])[:, None]
+            new *= self._scales(group.producers[0])[read.channels, None]
         if moments is not None:
-            parts.append((moments, columns, keep))
-        weight = weight.clone()
-        weight[:, columns] = new.reshape(weight[:, columns].shape)
-        return weight
+            parts.append(Fitted(moments, read, keep))
+        read.put(weight, new)
 
     def patch_moments(
-        self, layer: nn.Conv2d | nn.Linear, group: Group, use: Use, keep: Tensor
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        group: Group,
+        use: Use,
+        read: Read,
+        keep: Tensor,
     ) -> PatchMoments | None:
-        """Return the second moments of a group's channels as the user reads them.
+        """Return the second moments of channels as one part of the user reads them.
 
-        None where the chain to the user mixes channels, or what enters it is not known.
+        None where the chain to the user mixes channels, or what enters it is not known. `keep`
+        counts from the part's first channel.
         """
-        columns = slice(use.offset, use.offset + group.size * use.spread)
         chain = self._chain(group, use.layer)
         if chain is None or use.layer not in self.inputs:
             return None
-        changed = self._is_changed(chain, keep)
-        rows = (Rows(self.original), Rows(self.noisy, keep)) if changed else (Rows(self.original),)
+        kept = read.channels[keep]
+        changed = self._is_changed(chain, kept)
+        rows: tuple[Rows, ...] = (Rows(self.original, read.channels),)
+        if changed:
+            rows += (Rows(self.noisy, kept),)
         signal = follow_chain(chain, rows, self.inputs[chain.producer], self.options.inputs)
         maps = self.inputs[use.layer]
-        if isinstance(layer, nn.Linear):
-            own = Moments(maps.mean[..., columns], maps.var[..., columns])
-        else:
-            own = Moments(maps.mean[:, columns], maps.var[:, columns])
-        every = torch.arange(group.size)
+        columns, axis = read.inputs(use), -1 if isinstance(layer, nn.Linear) else 1
+        own = Moments(*(one.index_select(axis, columns) for one in (maps.mean, maps.var)))
+        every = torch.arange(len(read.channels))
         order = torch.cat([every, keep]) if changed else every
         limit = self.options.largest
         found = gather_patches(layer, use.spread, signal, own, order, limit=limit)
-        return PatchMoments(*found, split=group.size, keep=None if changed else keep)
+        return PatchMoments(*found, split=len(read.channels), keep=None if changed else keep)
 
     def _scales(self, producer: str) -> Tensor:
         """Return one factor per channel that makes rounded filters most like the original ones."""
@@ -227,7 +229,10 @@ class Restorer:
         producer = self.original.module.get_submodule(group.producers[0])
         if not isinstance(producer, (nn.Conv2d, nn.Linear)):
             return None
-        return find_chain(self.original, self.shapes, group.producers[0], user)
+        ends = (group.producers[0], user)
+        if ends not in self.chains:
+            self.chains[ends] = find_chain(self.original, self.shapes, *ends)
+        return self.chains[ends]
 
     def _is_changed(self, chain: Chain, keep: Tensor) -> bool:
         """Report whether the channels that stay are made by other weights than they were."""
@@ -247,7 +252,12 @@ class Restorer:
         )
 
     def _restored(
-        self, block: Tensor, group: Group, keep: Tensor, moments: PatchMoments | None
+        self,
+        block: Tensor,
+        group: Group,
+        read: Read,
+        keep: Tensor,
+        moments: PatchMoments | None,
     ) -> Tensor:
         """Return what the kept channels are multiplied by, (outputs, kept, taps)."""
         options = self.options
@@ -259,9 +269,9 @@ class Restorer:
             return forms.fit_channels(
                 block, moments, keep, options.ridge, nonnegative=options.nonnegative
             )
-        gone = torch.ones(group.size, dtype=torch.bool).index_fill(0, keep, value=False)
+        gone = torch.ones(block.shape[1], dtype=torch.bool).index_fill(0, keep, value=False)
         removed = gone.nonzero().flatten()
-        filters = find_filters(self.original, group.producers[0])
+        filters = find_filters(self.original, group.producers[0]).pick(read.channels)
         if options.method == "merging":
             factors = forms.merge_neighbors(filters, keep, removed)
         elif options.method == "lbyl":
@@ -282,7 +292,7 @@ class Restorer:
         after: Tensor,
         maps: Moments | None,
         outputs: Outputs,
-        parts: list[tuple[PatchMoments, slice, Tensor]],
+        parts: list[Fitted],
     ) -> None:
         """Give the outputs of a changed weight the mean and the variance that they had."""
         if maps is None:
