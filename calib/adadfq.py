@@ -55,12 +55,8 @@ _TARGET = TargetSpec(
 _PARTS = 5  # of the game, after each of which the generator is looked at
 _PASSES = 2.7  # of an iteration, forward and backward: two networks and the generator
 _TIMED = 16  # images that are drawn to see how long that takes
-_DRAWING, _PLAYING = (
-    1.2,
-    0.5,
-)  # that much more is left for drawing; share that the game has at least
-_RANGES = 64  # images for the ranges that the student begins with
-_CLASSES = 1000  # where they are not known: for estimates
+_DRAWING = 1.2  # of the time that drawing is measured to take, that is left for it
+_PLAYING = 0.5  # of all the time, that the game has at least
 
 
 class Options(GameOptions, ImageOptions):
