@@ -57,6 +57,8 @@ _PASSES = 2.7  # of an iteration, forward and backward: two networks and the gen
 _TIMED = 16  # images that are drawn to see how long that takes
 _DRAWING = 1.2  # of the time that drawing is measured to take, that is left for it
 _PLAYING = 0.5  # of all the time, that the game has at least
+_RANGES = 64  # images for the ranges that the student begins with
+_CLASSES = 1000  # where they are not known: for estimates
 
 
 class Options(GameOptions, ImageOptions):
