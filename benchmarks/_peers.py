@@ -14,7 +14,7 @@ import torch
 
 from dfqc.backends import openvino
 from dfqc.compiler._vision import import_zoo
-from dfqc.compiler.contracts import ImageSpec, Runner
+from dfqc.compiler.contracts import ImageSpec, Model
 from dfqc.compiler.frontend import trace
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.loading import LoadedModel
@@ -114,23 +114,23 @@ def feeds(control: Path) -> Iterator[dict[str, np.ndarray]]:
         yield {entry.name: image[None]}
 
 
-def open_file(engine: ModuleType, path: Path, threads: int) -> Runner:
+def open_file(engine: ModuleType, path: Path, threads: int) -> Model:
     """Open a file in an engine of dfqc's, in that engine's own format too."""
     if path.suffix == ".xml":
         return _OwnFormat(path, threads)
-    runner: Runner = engine.open_runner(path, threads=threads)
+    runner: Model = engine.open_runner(path, threads=threads)
     return runner
 
 
 class _OwnFormat:
-    """A file in OpenVINO's format, compiled with the options that ONNX files are compiled with."""
+    """A file in OpenVINO's format, compiled as its users do: with the engine's own snippets."""
 
     def __init__(self, path: Path, threads: int) -> None:
         import openvino as ov
 
         self.core = ov.Core()
         self.path = path
-        self.options = openvino.options(threads, "f32")
+        self.options = openvino.options(threads, "f32", attention=True)
         self.compiled: dict[int, Any] = {}
 
     def infer(self, images: np.ndarray) -> np.ndarray:
@@ -140,11 +140,3 @@ class _OwnFormat:
             model.reshape(images.shape)
             self.compiled[len(images)] = self.core.compile_model(model, "CPU", self.options)
         return np.array(self.compiled[len(images)](images)[0])
-
-    def codes(self, images: np.ndarray, names: Any) -> dict[str, np.ndarray]:
-        """Inner values of a peer's model are not looked at."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Free the compiled models."""
-        self.compiled.clear()

@@ -27,7 +27,7 @@ from _tables import Columns, render_table, save_results, table_line, write_resul
 
 from dfqc.backends import _ort_census, _ov_census, openvino, ort
 from dfqc.compiler.bench import sample
-from dfqc.compiler.contracts import CalibSet, Runner
+from dfqc.compiler.contracts import CalibSet, Model
 from dfqc.compiler.errors import LoadError
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.passes.fold import fold
@@ -55,7 +55,7 @@ LEGEND = (
 class Clocked:
     """A runner that keeps the CPU time of every call, of all threads of this process."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Model) -> None:
         self.runner = runner
         self.cpu: list[float] = []
 
@@ -65,14 +65,6 @@ class Clocked:
         outputs = self.runner.infer(images)
         self.cpu.append(time.process_time() - start)
         return outputs
-
-    def codes(self, images: np.ndarray, names: Any) -> Mapping[str, np.ndarray]:
-        """Return inner values, unclocked."""
-        return self.runner.codes(images, names)
-
-    def close(self) -> None:
-        """Free the model."""
-        self.runner.close()
 
 
 def main() -> int:
@@ -189,7 +181,6 @@ def measure(
             "calls": len(wall[label]),
             "bytes": _peers.size_of(files[label]),
         }
-        runner.close()
     for bits in options.bits:
         row[bits] |= {k: facts[bits][k] for k in ("ideal_ratio", "integer_convs")}
     return row

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dfqc.compiler import machine, plugins
-from dfqc.compiler.contracts import ImageSpec, Latency, Progress, Runner, silent
+from dfqc.compiler.contracts import ImageSpec, Latency, Model, Progress, Runner, silent
 from dfqc.compiler.energy import Meter, find_meter, joules_per_call
 from dfqc.compiler.errors import EnvironmentFault, LoadError, UsageError
 from dfqc.compiler.evaluate import score
@@ -38,7 +38,7 @@ _PROBE = "import json, sys; from dfqc.compiler import bench; print(bench.probe(*
 
 
 def measure(
-    runners: Mapping[str, Runner],
+    runners: Mapping[str, Model],
     make_input: Callable[[int], np.ndarray],
     *,
     batch: int = 1,
@@ -68,7 +68,7 @@ def measure(
 
 
 def sample(
-    runners: Mapping[str, Runner],
+    runners: Mapping[str, Model],
     images: np.ndarray,
     *,
     warmup: int = WARMUP,
@@ -240,12 +240,12 @@ def probe(target: str, model: str, threads: str, shape: str) -> str:
     return json.dumps(row)
 
 
-def _warm_up(runner: Runner, images: np.ndarray, calls: int, clock: Callable[[], float]) -> float:
+def _warm_up(runner: Model, images: np.ndarray, calls: int, clock: Callable[[], float]) -> float:
     """Return the seconds of the fastest of the warm-up calls."""
     return min(_timed(runner, images, clock) for _ in range(max(calls, 1)))
 
 
-def _timed(runner: Runner, images: np.ndarray, clock: Callable[[], float]) -> float:
+def _timed(runner: Model, images: np.ndarray, clock: Callable[[], float]) -> float:
     start = clock()
     runner.infer(images)
     return clock() - start
@@ -313,7 +313,7 @@ def _accuracies(
 
 
 def _energies(
-    meter: Meter | None, runners: Mapping[str, Runner], images: np.ndarray
+    meter: Meter | None, runners: Mapping[str, Model], images: np.ndarray
 ) -> dict[str, float]:
     """Return the joules of one image by engine; empty where the machine tells none."""
     if meter is None:

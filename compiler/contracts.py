@@ -207,12 +207,16 @@ class Latency:
     warmup: int
 
 
-class Runner(Protocol):
-    """An opened engine: feed normalized float32 (n, c, h, w), get the first output back."""
+class Model(Protocol):
+    """What can be timed: feed normalized float32 (n, c, h, w), get the first output back."""
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Run one batch."""
         ...
+
+
+class Runner(Model, Protocol):
+    """An opened engine."""
 
     def codes(self, images: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:
         """Run one batch and return the named inner values too (for parity), and `output`."""

@@ -74,3 +74,15 @@ def assets():
     if not (folder / "models").is_dir():
         pytest.skip(f"no real networks at {folder}; set DFQC_ASSETS")
     return folder
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Write a network's file and return where it is."""
+
+    def write(net, name="model.onnx"):
+        path = tmp_path / name
+        path.write_bytes(net if isinstance(net, bytes) else net.data)
+        return path
+
+    return write

@@ -34,16 +34,6 @@ IMAGES = models.images(40, seed=21)
 NETS = ("plain", "residual", "concat", "depthwise", "squeeze_excite", "pre_activation", "attention")
 
 
-@pytest.fixture
-def store(tmp_path):
-    def write(net, name="model.onnx"):
-        path = tmp_path / name
-        path.write_bytes(net if isinstance(net, bytes) else net.data)
-        return path
-
-    return write
-
-
 def lowered(net, bits, path):
     """Quantize and lower a tiny net; return graph, state and name maps."""
     graph = quantized.folded(net)

@@ -19,16 +19,6 @@ INTEGER = {
 }
 
 
-@pytest.fixture
-def store(tmp_path):
-    def write(net, name="model.onnx"):
-        path = tmp_path / name
-        path.write_bytes(net if isinstance(net, bytes) else net.data)
-        return path
-
-    return write
-
-
 def test_reading_the_target_loads_no_runtime(tmp_path):
     code = (
         "import sys\nfrom dfqc.backends.ort import TARGET\n"

@@ -24,16 +24,6 @@ MISSING = [
 ]
 
 
-@pytest.fixture
-def store(tmp_path):
-    def write(net, name="model.onnx"):
-        path = tmp_path / name
-        path.write_bytes(net if isinstance(net, bytes) else net.data)
-        return path
-
-    return write
-
-
 @pytest.mark.parametrize(("engine", "module", "mend"), MISSING, ids=["ort", "openvino"])
 def test_a_missing_runtime_is_said(engine, module, mend, monkeypatch, store):
     monkeypatch.setitem(sys.modules, module, None)
