@@ -49,8 +49,9 @@ def run_build(
     recipe = make_recipe(flags, recipe_file)
     job = make_job(recipe)
     check_output(job.output)
-    _check_options(recipe)
     with open_store(recipe.cache_dir) as store:
+        if any(stage.status in ("miss", "waits") for stage in make_driver(job, store).explain()):
+            _check_options(recipe)
         driver = _drive(job, store, listener)
         manifest = write_build(Build(job, driver))
     if job.backend.TARGET.engine_file and job.runtime is not None and not manifest["exit_code"]:
@@ -59,7 +60,10 @@ def run_build(
 
 
 def _check_options(recipe: Recipe) -> None:
-    """Refuse wrong options of the quantizer, which it would read only after images were made."""
+    """Refuse wrong options of the quantizer, which it would read only after images were made.
+
+    A build whose stages are all stored has been through this, and loads no torch for it.
+    """
     plugin = plugins.load("quantizer", recipe.quantizer)
     plugin_options(plugin, recipe.quantizer, recipe.effort, quantizer_overrides(recipe))
 
