@@ -14,7 +14,7 @@ from typing import Any
 
 from reconstruction import METHODS
 
-OTHERS = ("reconstruction_speed",)  # against the published loop, of an earlier commit
+OTHERS = ("reconstruction_speed",)  # against the published loop
 LEGEND = (
     "Drops of top-1 in points, by the simulation; from the tables `reconstruction_*.md`, which "
     "have the commands, agreement, seconds and memory. Ends `w8a8`: 8-bit first and last layer; "
