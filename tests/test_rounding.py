@@ -148,3 +148,34 @@ def test_a_grid_of_one_level_more_is_used_to_its_end():
         layer.weight.copy_(torch.tensor([[3.2, -0.9, 1.4]]))
     grid = WeightGrid(torch.tensor([1.0]), torch.tensor([-1.0]), 4)
     assert SoftRounding(layer, grid, None).quantized().codes.tolist() == [[2, -1, 1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_rounding_of_the_undecided_is_learned(kind):
+    learned, grid = make(kind, SCHEMES[0])
+    before = learned.quantized().codes
+    learned.learn_nearest_halfway(0.25)
+    steps = learned.layer.weight.detach().double() / grid.scale.double().view(-1, 1, 1, 1)
+    halfway = (steps - steps.floor() - 0.5).abs()
+    expected = halfway <= halfway.flatten().sort().values[round(0.25 * halfway.numel()) - 1]
+    free = learned.free > 0
+    assert (free == expected).float().mean() > 0.98  # float32 may order two neighbors otherwise
+    assert int(free.sum()) == round(0.25 * free.numel())
+    learned.soft = True
+    x, target = torch.randn(8, 4, 6, 6), torch.randn(8, 6, 6, 6)
+    optimizer = torch.optim.Adam([p for p in learned.parameters() if p.requires_grad], lr=0.3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.mse_loss(learned(x), target).backward()
+        optimizer.step()
+    learned.soft = False
+    moved = learned.quantized().codes != before
+    assert moved.any()
+    assert not moved[~free].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_layer_is_undecided_by_default(kind):
+    learned, _ = make(kind, SCHEMES[0])
+    learned.learn_nearest_halfway(1.0)
+    assert learned.free is None

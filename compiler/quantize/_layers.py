@@ -13,7 +13,7 @@ from dfqc.compiler.quantize import rtn
 from dfqc.compiler.quantize._rounding import (
     FlexRounding,
     Layer,
-    LearnedWeight,
+    LearnedRounding,
     SoftRounding,
     Units,
 )
@@ -29,7 +29,7 @@ class UnitLayers:
     """The learned layers of a unit, by module path, in the network they were put into."""
 
     network: Network
-    layers: Mapping[str, LearnedWeight]
+    layers: Mapping[str, LearnedRounding]
 
     @staticmethod
     def put(
@@ -57,7 +57,7 @@ class UnitLayers:
             network.put(name, made[name])
         return UnitLayers(network, made)
 
-    def trained(self) -> list[LearnedWeight]:
+    def trained(self) -> list[LearnedRounding]:
         """Return the modules."""
         return list(self.layers.values())
 
@@ -75,7 +75,7 @@ class UnitLayers:
 
 def _make(
     network: Network, name: str, kind: Kind, method: str, from_codes: bool, relative: bool
-) -> LearnedWeight:
+) -> LearnedRounding:
     layer, device = network.plan.layers[name], network.device
     module, bias, least = network.original(name), network.state.biases.get(name), None
     if bias is not None:
@@ -89,7 +89,7 @@ def _make(
     return kind(module, grid, least, start, units)
 
 
-def _make_room(network: Network, name: str, learned: LearnedWeight) -> None:
+def _make_room(network: Network, name: str, learned: LearnedRounding) -> None:
     """Raise scales where the learned bias would leave the int32 grid of the learned steps."""
     source, bias = network.plan.layers[name].input, learned.bias
     if source is not None and bias is not None:

@@ -284,7 +284,7 @@ class _Trainer:
         """Put layers whose weight is learned in the place of the unit's."""
         options = self.run.options
         kind = SoftRounding if self.one.train.rounding == "soft" else FlexRounding
-        return UnitLayers.put(
+        layers = UnitLayers.put(
             network,
             unit.layers,
             kind,
@@ -292,6 +292,9 @@ class _Trainer:
             from_codes=options.start == "closed",
             relative=self.one.train.relative,
         )
+        for layer in layers.trained():
+            layer.learn_nearest_halfway(self.one.train.undecided)
+        return layers
 
     def _phases(self) -> list[Pass]:
         """Return what is learned one after the other: steps and biases alone, then rounding too."""

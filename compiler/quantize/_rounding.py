@@ -116,7 +116,31 @@ class LearnedWeight(nn.Module, abc.ABC):
         return QTensor(codes, self.scale.detach().flatten().float().cpu().clone())
 
 
-class SoftRounding(LearnedWeight):
+class LearnedRounding(LearnedWeight, abc.ABC):
+    """A weight that begins between two codes, on one of them once it is hard."""
+
+    def __init__(
+        self, layer: Layer, grid: WeightGrid, least: Tensor | None, units: Units | None
+    ) -> None:
+        """Wrap `layer`; see `LearnedWeight`."""
+        super().__init__(layer, grid, least, units)
+        self.register_buffer("free", None)
+        self.free: Tensor | None  # where rounding is learned, 0 or 1; None: everywhere
+
+    @abc.abstractmethod
+    def decision(self) -> Tensor:
+        """Return how far each weight begins from being halfway between two codes, in steps."""
+
+    def learn_nearest_halfway(self, share: float) -> None:
+        """Learn the rounding of that share of the weights; the others keep the codes they have."""
+        distance = self.decision().flatten()
+        count = max(1, round(share * len(distance)))
+        if count < len(distance):
+            limit = distance.kthvalue(count).values
+            self.free = (distance <= limit).view_as(self.layer.weight).to(self.layer.weight)
+
+
+class SoftRounding(LearnedRounding):
     """Soft rounding: weight = s * clip(floor(w / s0) + h(V), grid), hard where h(V) >= 1/2."""
 
     def __init__(
@@ -143,7 +167,13 @@ class SoftRounding(LearnedWeight):
             share = (1 - LEAN) * share + LEAN * (codes - base)
         self.register_buffer("base", base)
         self.position = nn.Parameter(_inverse(share))
+        self.register_buffer("upper", (self.position.detach() >= 0).to(base))
         self.base: Tensor
+        self.upper: Tensor  # which of the two codes each weight begins on
+
+    def decision(self) -> Tensor:
+        """Return how far each weight begins from being halfway between two codes, in steps."""
+        return (self.share().detach() - 1 / 2).abs()
 
     def share(self) -> Tensor:
         """Return h(V): how far each weight is on its way from the lower code to the upper one."""
@@ -152,14 +182,17 @@ class SoftRounding(LearnedWeight):
     def codes(self) -> Tensor:
         """Return base + h(V), or base + [h(V) >= 1/2], inside the grid."""
         up = self.share() if self.soft else (self.position >= 0).to(self.base)
+        if self.free is not None:
+            up = torch.where(self.free > 0, up, self.upper)
         return self.on_grid(self.base + up)
 
     def undecided(self, power: float) -> Tensor:
         """Return sum(1 - |2 h(V) - 1|^power), which is 0 once every weight is on a code."""
-        return (1 - (2 * self.share() - 1).abs().pow(power)).sum()
+        left = 1 - (2 * self.share() - 1).abs().pow(power)
+        return left.sum() if self.free is None else (left * self.free).sum()
 
 
-class FlexRounding(LearnedWeight):
+class FlexRounding(LearnedRounding):
     """FlexRound: weight = s * clip(round(w / (s0 * S * s3)), grid), all divisors learned.
 
     The step s0 inside of the rounding is frozen, as in soft rounding: another step is then no other
@@ -198,6 +231,10 @@ class FlexRounding(LearnedWeight):
         self.columns = nn.Parameter(torch.zeros(inputs, device=weight.device))
         self.steps: Tensor
 
+    def decision(self) -> Tensor:
+        """Return how far each weight begins from being halfway between two codes, in steps."""
+        return (self.steps - self.steps.floor() - 1 / 2).abs()
+
     def shared(self) -> Tensor | float:
         """Return what weights of one output, or of one input, are divided by together."""
         return self.rows + self.columns if self.together else 0.0
@@ -205,6 +242,7 @@ class FlexRounding(LearnedWeight):
     def codes(self) -> Tensor:
         """Return the nearest codes of the divided weight."""
         growth = (self.factors + self.shared()) * self.reach
+        growth = growth if self.free is None else growth * self.free
         divided = self.steps / growth.exp()
         return self.on_grid(_round_through(divided))
 

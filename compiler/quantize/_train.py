@@ -36,6 +36,9 @@ class TrainOptions(BaseModel):
     error_weight: float = Field(1.0, ge=0, description="of the error; 0 leaves only `penalty`")
     norm: float = Field(2.0, gt=0, description="of the error")
     round_weight: float = Field(1.0, ge=0, description="weight of the loss that decides rounding")
+    undecided: float = Field(
+        1.0, gt=0, le=1, description="share of a layer's weights, nearest to halfway, that may flip"
+    )
     warm_up: float = Field(0.2, ge=0, lt=1, description="share without that loss")
     power_start: float = Field(20.0, gt=0)
     power_end: float = Field(2.0, gt=0)
