@@ -156,7 +156,7 @@ def test_only_the_rounding_of_the_undecided_is_learned(kind):
     before = learned.quantized().codes
     learned.learn_nearest_halfway(0.25)
     steps = learned.layer.weight.detach().double() / grid.scale.double().view(-1, 1, 1, 1)
-    halfway = (steps - steps.floor() - 0.5).abs()
+    halfway = ((steps - before.double()).abs() - 0.5).abs()
     expected = halfway <= halfway.flatten().sort().values[round(0.25 * halfway.numel()) - 1]
     free = learned.free > 0
     assert (free == expected).float().mean() > 0.98  # float32 may order two neighbors otherwise
@@ -179,3 +179,19 @@ def test_the_whole_layer_is_undecided_by_default(kind):
     learned, _ = make(kind, SCHEMES[0])
     learned.learn_nearest_halfway(1.0)
     assert learned.free is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_are_undecided_where_a_closed_form_left_the_nearest_codes(kind):
+    learned, grid = make(kind, SCHEMES[0])
+    nearest_codes = learned.quantized().codes
+    start = (nearest_codes + torch.randint(-1, 2, nearest_codes.shape)).clamp(-7, 7)
+    given, _ = make(kind, SCHEMES[0], start=start)
+    before = given.quantized().codes
+    given.learn_nearest_halfway(0.25)
+    free = given.free > 0
+    assert int(free.sum()) == round(0.25 * free.numel())
+    steps = given.layer.weight.detach() / grid.scale.view(-1, 1, 1, 1)
+    boundary = ((steps - before).abs() - 0.5).abs()
+    assert boundary[free].max() <= boundary[~free].min()
+    assert torch.equal(given.quantized().codes, before)

@@ -127,17 +127,22 @@ class LearnedRounding(LearnedWeight, abc.ABC):
         self.register_buffer("free", None)
         self.free: Tensor | None  # where rounding is learned, 0 or 1; None: everywhere
 
-    @abc.abstractmethod
-    def decision(self) -> Tensor:
-        """Return how far each weight begins from being halfway between two codes, in steps."""
-
     def learn_nearest_halfway(self, share: float) -> None:
-        """Learn the rounding of that share of the weights; the others keep the codes they have."""
-        distance = self.decision().flatten()
-        count = max(1, round(share * len(distance)))
-        if count < len(distance):
-            limit = distance.kthvalue(count).values
-            self.free = (distance <= limit).view_as(self.layer.weight).to(self.layer.weight)
+        """Learn the rounding of that share of the weights; the others keep the codes they have.
+
+        Taken are the float weights nearest to the boundary of the code they begin on, from either
+        side: a closed form puts some beyond it. Call it before anything is learned.
+        """
+        position = self.layer.weight.detach() / self.scale.detach()
+        soft, self.soft = self.soft, False
+        beside = (position - self.codes().detach()).abs()  # the code
+        self.soft = soft
+        order = (beside - 1 / 2).abs().flatten().argsort(stable=True)
+        count = max(1, round(share * len(order)))
+        if count < len(order):
+            free = torch.zeros_like(order, dtype=position.dtype)
+            free[order[:count]] = 1
+            self.free = free.view_as(position)
 
 
 class SoftRounding(LearnedRounding):
@@ -170,10 +175,6 @@ class SoftRounding(LearnedRounding):
         self.register_buffer("upper", (self.position.detach() >= 0).to(base))
         self.base: Tensor
         self.upper: Tensor  # which of the two codes each weight begins on
-
-    def decision(self) -> Tensor:
-        """Return how far each weight begins from being halfway between two codes, in steps."""
-        return (self.share().detach() - 1 / 2).abs()
 
     def share(self) -> Tensor:
         """Return h(V): how far each weight is on its way from the lower code to the upper one."""
@@ -230,10 +231,6 @@ class FlexRounding(LearnedRounding):
         inputs = [1, weight.shape[1]] + [1] * (weight.dim() - 2)
         self.columns = nn.Parameter(torch.zeros(inputs, device=weight.device))
         self.steps: Tensor
-
-    def decision(self) -> Tensor:
-        """Return how far each weight begins from being halfway between two codes, in steps."""
-        return (self.steps - self.steps.floor() - 1 / 2).abs()
 
     def shared(self) -> Tensor | float:
         """Return what weights of one output, or of one input, are divided by together."""
