@@ -33,7 +33,7 @@ from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import default_ends, parse_bits
 
 CPU = torch.device("cpu")
-HEADER = ("net", "ratio", "bits", "weights", "fitted to", "top-1", "drop", "kept", "s")
+HEADER = ("net", "ratio", "bits", "images", "weights", "fitted to", "top-1", "drop", "kept", "s")
 
 
 def main() -> int:
@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--quantizer", default="reconstruct")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--synth", default="genie")
+    parser.add_argument("--real", action="store_true", help="the same with as many real images too")
     parser.add_argument("--effort", default="quick", choices=("quick", "standard", "max"))
     parser.add_argument("--images", type=int, default=1000, help="test images")
     parser.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
@@ -59,33 +60,35 @@ def main() -> int:
             synth=options.synth,
             count=options.images,
         )
-        for row in measure(case, options):
-            rows.append({"net": net.name, "ratio": options.ratio, "bits": options.bits, **row})
-            print(line(rows[-1]), flush=True)
-            write_results(rows, render(rows, command, options), options.output)
+        for source in (options.synth, *(("real",) if options.real else ())):
+            for row in measure(case, source, options):
+                shared = {"net": net.name, "ratio": options.ratio, "bits": options.bits}
+                rows.append({**shared, "source": source, **row})
+                print(line(rows[-1]), flush=True)
+                write_results(rows, render(rows, command, options), options.output)
     return 0
 
 
-def measure(case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one network."""
+def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one network and one kind of images."""
     exact = case.top1(case.folded)
     keep = choose_channels(case, options.ratio, [], 1)["uniform l2"].keep
     restored = restore(case.graph, keep, RestoreOptions())
-    images = case.images[options.synth]
+    images = case.images[source]
     fitted = refit(case.graph, restored, images, outputs=kept_rows(case.graph, keep))
     for name, pruned in (("restored", restored), ("least squares", fitted)):
         row = {"weights": name, "target": "", "float": exact, "top1": case.top1(pruned)}
         yield {**row, "kept": "not quantized", "seconds": 0.0, "images": len(case.labels)}
         for target, unpruned in (("pruned", None), ("original", Pruned(case.graph, keep))):
             start = time.perf_counter()
-            found, kept = quantize(case, pruned, unpruned, options)
+            found, kept = quantize(case, pruned, unpruned, source, options)
             seconds = time.perf_counter() - start
             yield {**row, "target": target, "top1": case.top1(found), "kept": kept,
                    "seconds": seconds, "images": len(case.labels)}  # fmt: skip
 
 
 def quantize(
-    case: Case, pruned: Graph, unpruned: Pruned | None, options: argparse.Namespace
+    case: Case, pruned: Graph, unpruned: Pruned | None, source: str, options: argparse.Namespace
 ) -> tuple[Graph, str]:
     """Return the quantized network, and which candidate was kept."""
     folded, bits = fold(pruned), parse_bits(options.bits)
@@ -93,7 +96,7 @@ def quantize(
     plan = make_plan(folded, target, bits, [], ends=default_ends(bits))
     plugin = plugins.load("quantizer", options.quantizer)
     state = plugin.quantize(
-        *(folded, CalibSet(case.images[options.synth], None, options.synth), plan),
+        *(folded, CalibSet(case.images[source], None, source), plan),
         plugin_options(plugin, options.quantizer, options.effort, {}),
         rng=torch.Generator().manual_seed(0),
         device=CPU,
@@ -104,7 +107,8 @@ def quantize(
 
 def line(row: dict[str, Any]) -> str:
     """Return one row of the table."""
-    cells = [row["net"], f"{100 * row['ratio']:.0f} %", row["bits"], row["weights"], row["target"]]
+    cells = [row["net"], f"{100 * row['ratio']:.0f} %", row["bits"], row["source"]]
+    cells += [row["weights"], row["target"]]
     cells += [f"{row['top1']:.2f}", f"{row['float'] - row['top1']:.2f}", row["kept"]]
     return "| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |"
 
@@ -113,7 +117,7 @@ def render(rows: list[dict[str, Any]], command: str, options: argparse.Namespace
     """Return the Markdown table with its command."""
     setting = (
         f"Top-1 in percent on {rows[0]['images']} real images, by the simulation; drop against the "
-        f"whole network in float. {options.samples} images of {options.synth}. `fitted to`: whose "
+        f"whole network in float. {options.samples} images. `fitted to`: whose "
         f"values the blocks learn. Threads: {torch.get_num_threads()}."
     )
     head = [

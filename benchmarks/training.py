@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adasg, published start": ("adadfq", {"method": "adasg", "start": "published"}),
     "qat": ("qat", {}),
     "qat, closed form": ("qat", {"start": "gptq"}),
+    "qat, per tensor": ("qat", {"weight_steps": "tensor"}),
 }
 LEGEND = (
     "Top-1 in percent on real images, by the simulation: `last`, the state that training ended "
