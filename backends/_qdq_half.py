@@ -7,6 +7,7 @@ float16 too: a strongly typed engine computes in the type of the scales.
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -30,6 +31,14 @@ def to_half(model: ir.Model) -> None:
                 value.dtype = HALF
     _cast_inputs(graph)
     _cast_outputs(graph)
+
+
+def halved(model: onnx.ModelProto) -> bytes:
+    """Return a float32 model in float16: what a deployment without integers would run."""
+    found = ir.serde.deserialize_model(model)
+    to_half(found)
+    data: bytes = ir.serde.serialize_model(found).SerializeToString()
+    return data
 
 
 def half(array: np.ndarray) -> np.ndarray:

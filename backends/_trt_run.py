@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dfqc.backends import _trt_api
+from dfqc.backends._onnx_file import load_model
 from dfqc.backends._trt_cuda import Device
 from dfqc.backends._trt_engine import build_plan
 from dfqc.compiler.artifact import default_root
@@ -39,6 +40,26 @@ def open_runner(model: Path) -> Runner:
         return Runner(data, model, model.with_name("model.onnx"), trusted=trusted)
     options = EngineOptions(batches=BATCHES, cache_dir=default_root())
     return Runner(build_plan(data, options), model, model)
+
+
+def open_half(model: Path, options: EngineOptions | None = None) -> Runner:
+    """Build an engine in memory from a float32 ONNX model turned into float16."""
+    _trt_api.tensorrt()
+    _trt_api.require_driver()
+    options = options or EngineOptions(batches=BATCHES, cache_dir=default_root())
+    return Runner(build_plan(half_model(model), options), model, model)
+
+
+def half_model(model: Path) -> bytes:
+    """Return a float32 ONNX file in float16."""
+    try:
+        from dfqc.backends import _qdq_half
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"{model}: the float16 control needs onnx-ir, which cannot be imported here ({error}); "
+            "pip install 'dfqc[trt]'"
+        ) from error
+    return _qdq_half.halved(load_model(model))
 
 
 @contextlib.contextmanager

@@ -106,8 +106,14 @@ def open_runner(model: Path, *, threads: int | None = None) -> Runner:
     return _trt_run.open_runner(model)
 
 
-def open_half(model: Path, *, threads: int | None = None) -> None:
-    """Return None: `dfqc engine` builds and times the engines, controls included."""
+def open_half(model: Path, *, threads: int | None = None) -> tuple[str, Runner]:
+    """Open the float model in float16: the control of whoever would serve no integers.
+
+    `threads` means nothing on a GPU. `EnvironmentFault` where TensorRT or a driver is missing.
+    """
+    from dfqc.backends import _trt_run
+
+    return "fp16", _trt_run.open_half(model)
 
 
 def executed(model: Path, layers: Mapping[str, str]) -> Mapping[str, str]:
@@ -119,11 +125,16 @@ def executed(model: Path, layers: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def build_engine(
-    model: Path, plan: Path, options: EngineOptions, images: np.ndarray | None = None
+    model: Path,
+    plan: Path,
+    options: EngineOptions,
+    images: np.ndarray | None = None,
+    float_model: Path | None = None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Build the engine of `model` into the file `plan`.
 
-    Returns what is known of it, as plain data, and what it computes for `images`.
+    Returns what is known of it, as plain data, and what it computes for `images`. Engines of
+    `float_model` in float32 and float16 are built in memory and timed beside it.
 
     Raises:
         EnvironmentFault: TensorRT or a driver is missing here.
@@ -131,4 +142,4 @@ def build_engine(
     """
     from dfqc.backends import _trt_finish
 
-    return _trt_finish.build_engine(model, plan, options, images)
+    return _trt_finish.build_engine(model, plan, options, images, float_model)

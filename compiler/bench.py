@@ -31,6 +31,7 @@ RUNS = 100
 WARMUP = 10
 SECONDS = 30.0  # per engine; slow engines stop here instead of at `RUNS`
 
+_FLOAT = "float"
 _MIN_TURNS = 5
 _TURN_SECONDS = 0.05
 _MAX_BURST = 10
@@ -141,6 +142,7 @@ class Entry:
     name: str
     target: str
     model: Path
+    half: bool = False  # the float model in the half precision that the engine has
 
 
 def run_bench(
@@ -157,8 +159,9 @@ def run_bench(
     """Compare packages on this machine: what `dfqc bench A [B C]` prints.
 
     The reference of all ratios is the float model (`float_model`, or the one in the first
-    package), and where there is none, the first package. With `data`, top-1 on these labelled
-    images is measured too.
+    package), and where there is none, the first package. Where the engine has half-precision
+    kernels here, the float model in those is a row of its own. With `data`, top-1 on these
+    labelled images is measured too.
     """
     packages = [open_package(folder) for folder in folders]
     image = _common_image(packages, data is not None)
@@ -170,6 +173,14 @@ def run_bench(
         for entry in entries:
             backend = plugins.load("target", entry.target)
             runners[entry.name] = backend.open_runner(entry.model, threads=threads)
+        if entries[0].name == _FLOAT:
+            half = plugins.load("target", entries[0].target).open_half(
+                entries[0].model, threads=threads
+            )
+            if half is not None:
+                entry = dataclasses.replace(entries[0], name=f"{_FLOAT} {half[0]}", half=True)
+                runners[entry.name] = half[1]
+                rows.insert(1, _static_row(entry, image, batch, threads))
         images = random_images(image, batch)
         samples = sample(runners, images, runs=runs, seconds=seconds * len(runners))
         top1 = _accuracies(runners, data, image, progress)
@@ -223,7 +234,7 @@ def describe_bench(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def probe(target: str, model: str, threads: str, shape: str) -> str:
+def probe(target: str, model: str, threads: str, shape: str, half: str = "") -> str:
     """Open an engine in this (fresh) process and return JSON: load time and memory."""
     backend = plugins.load("target", target)
     backend.available()  # imports the runtime: its memory is not the model's
@@ -231,7 +242,9 @@ def probe(target: str, model: str, threads: str, shape: str) -> str:
     before = machine.current_rss()
     with machine.measured() as usage:
         start = time.perf_counter()
-        runner = backend.open_runner(Path(model), threads=int(threads))
+        opened = backend.open_half if half else backend.open_runner
+        found = opened(Path(model), threads=int(threads))
+        runner = found[1] if half else found
         load = time.perf_counter() - start
         for _ in range(3):
             runner.infer(images)
@@ -278,10 +291,10 @@ def _entries(packages: Sequence[Package], float_model: Path | None) -> list[Entr
     if control is not None and not control.is_file():
         raise LoadError(f"{control}: no such file; expected the float model as ONNX")
     # The float control runs on the runtime of the first package: one runtime, two models.
-    entries = [Entry("float", packages[0].target, control)] if control else []
+    entries = [Entry(_FLOAT, packages[0].target, control)] if control else []
     names = [package.name for package in packages]
     for package in packages:
-        unique = names.count(package.name) == 1 and package.name != "float"
+        unique = names.count(package.name) == 1 and package.name != _FLOAT
         entries.append(
             Entry(package.name if unique else str(package.folder), package.target, package.engine)
         )
@@ -292,6 +305,7 @@ def _static_row(entry: Entry, image: ImageSpec, batch: int, threads: int) -> dic
     """Measure what needs a process of its own."""
     shape = "x".join(map(str, (batch, *image.size)))
     command = [sys.executable, "-c", _PROBE, entry.target, str(entry.model), str(threads), shape]
+    command += ["half"] if entry.half else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dfqc.compiler.errors import ParityGateError
+from dfqc.compiler.errors import ParityGateError, SpeedGateError
 from dfqc.compiler.output import Json, emit, only_results_on_stdout, write_text
 
 Folder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Folder that `dfqc build` wrote.")]
@@ -95,6 +95,9 @@ def engine(
     cache_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where measured kernels are kept.")
     ] = None,
+    controls: Annotated[
+        bool, typer.Option(help="Time the float model in float32 and float16 beside it.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Finish a package."""
@@ -107,6 +110,7 @@ def engine(
         level=optimization_level,
         workspace=workspace,
         cache_dir=cache_dir,
+        controls=controls,
     )
     with only_results_on_stdout():
         result = run_engine(package, options)
@@ -115,6 +119,9 @@ def engine(
     if result.get("build") and "parity" in failed:
         typer.echo("dfqc: the engine is built, and computes something else (parity)", err=True)
         raise typer.Exit(ParityGateError.exit_code)
+    if result.get("build") and result["exit_code"] == SpeedGateError.exit_code:
+        typer.echo("dfqc: the engine is built, and too slow (gate min_speedup)", err=True)
+        raise typer.Exit(SpeedGateError.exit_code)
 
 
 def inspect(

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dfqc.compiler import plugins
 from dfqc.compiler.artifact import default_root
-from dfqc.compiler.errors import EnvironmentFault, LoadError, ParityGateError, UsageError
+from dfqc.compiler.errors import (
+    EnvironmentFault,
+    LoadError,
+    ParityGateError,
+    SpeedGateError,
+    UsageError,
+)
 from dfqc.compiler.handover import hand_over
 from dfqc.compiler.package import (
     GOLDEN,
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 
 Hardware = Literal["none", "ampere-plus", "same-compute"]
 HARDWARE: tuple[Hardware, ...] = ("none", "ampere-plus", "same-compute")
+_SPEED_GATE = "min_speedup"
 INSPECTOR, SHEET = "engine.layers.json", "calib/contact_sheet.png"
 
 
@@ -50,6 +57,7 @@ class EngineOptions:
         level: how long the builder searches, 0..5; None: its default.
         version_compatible: the plan runs on later versions too, slower.
         hardware: on which other GPUs it runs.
+        controls: the float model, in float32 and float16, is timed beside it.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -58,6 +66,7 @@ class EngineOptions:
     level: int | None = None
     version_compatible: bool = False
     hardware: Hardware = "none"
+    controls: bool = True
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -76,6 +85,7 @@ def read_options(
     level: int | None = None,
     workspace: str | None = None,
     cache_dir: Path | None = None,
+    controls: bool = True,
 ) -> EngineOptions:
     """Read what a command line gives."""
     known = [name for name in HARDWARE if name == hardware]
@@ -88,6 +98,7 @@ def read_options(
         level,
         version_compatible,
         known[0],
+        controls,
     )
 
 
@@ -120,7 +131,9 @@ def run_engine(folder: Path, options: EngineOptions) -> dict[str, Any]:
         plan = Path(scratch) / name
         golden = _read_golden(package)
         images = None if golden is None else golden.inputs
-        built, outputs = backend.build_engine(package.folder / MODEL, plan, options, images)
+        control = package.float_model if options.controls else None
+        model = package.folder / MODEL
+        built, outputs = backend.build_engine(model, plan, options, images, control)
         parity = None if golden is None else _check(package, golden, outputs)
         return write_finished(package, plan, built, parity, options.batches)
 
@@ -164,8 +177,19 @@ def describe_engine(manifest: Mapping[str, Any]) -> list[str]:
     lines = [f"engine     {manifest['engine']}, {built['runtime']}, {device['gpu']}"]
     for batch, row in built["latency_ms"].items():
         lines.append(f"latency    batch {batch}: {row['median_ms']:.3f} ms, without copies")
+        lines += _control_lines(built.get("controls") or {}, batch)
     int8 = sum("int8" in str(kernel) for kernel in built["executed"].values())
     lines.append(f"kernels    {int8} of {len(built['executed'])} layers read or write int8")
+    return lines
+
+
+def _control_lines(controls: Mapping[str, Any], batch: str) -> list[str]:
+    """Return how the engine compares with the float model at one batch size."""
+    lines = []
+    for name, rows in controls.items():
+        row, ratio = rows[batch], rows[batch]["engine_speedup"]["median"]
+        slower = "" if ratio >= 1 else "; the compressed model is SLOWER"
+        lines.append(f"           {name} {row['median_ms']:.3f} ms ({ratio:.2f} x{slower})")
     return lines
 
 
@@ -227,7 +251,13 @@ def _finished_manifest(
         "batch": batch,
         "runs": first["runs"],
     }
-    gates = [gate for gate in old.get("gates", ()) if gate["name"] != "parity"]
+    metrics["latency_ms"] |= _control_fields(built.get("controls") or {}, str(batch))
+    speed = metrics["latency_ms"].get("speedup")
+    gates = [
+        _judge_speed(gate, speed) if gate["name"] == _SPEED_GATE and built.get("controls") else gate
+        for gate in old.get("gates", ())
+        if gate["name"] != "parity"
+    ]
     if parity is not None:
         value = parity["untied_agreement"]
         gates.append({"name": "parity", "value": value, "limit": 99.0, "passed": passed})
@@ -237,7 +267,7 @@ def _finished_manifest(
         **kept,
         "engine": engine,
         "status": "failed" if failed else "passed",
-        "exit_code": _exit_code(old, passed, bool(failed)),
+        "exit_code": _exit_code(old, passed, failed),
         "metrics": metrics,
         "parity": {**old.get("parity", {}), **_parity_fields(parity)},
         "gates": gates,
@@ -248,15 +278,38 @@ def _finished_manifest(
     }
 
 
-def _exit_code(old: Mapping[str, Any], passed: bool, failed: bool) -> int:
+def _control_fields(controls: Mapping[str, Any], batch: str) -> dict[str, Any]:
+    """Return the manifest's latencies of the float model, under the names that a build gives."""
+    found: dict[str, Any] = {}
+    for name, rows in controls.items():
+        row, ratio = rows[batch], rows[batch]["engine_speedup"]
+        if name == "float":
+            found |= {"float": row["median_ms"], "float_p90": row["p90_ms"]}
+            found |= {"speedup": ratio["median"], "speedup_best": ratio["best"]}
+        else:
+            found |= {"half": row["median_ms"], "half_precision": name}
+            found |= {"half_speedup": ratio["median"]}
+    return found
+
+
+def _judge_speed(gate: Mapping[str, Any], speed: float | None) -> dict[str, Any]:
+    """Return the speed gate with what was measured here."""
+    return {**gate, "value": speed, "passed": speed is not None and speed >= gate["limit"]}
+
+
+def _exit_code(old: Mapping[str, Any], passed: bool, failed: Sequence[Mapping[str, Any]]) -> int:
     """Return the build's code; 8, an engine that was missing, is mended unless a gate stays open.
 
-    The float control is not timed here, so a speed gate that was open stays open.
+    Without a float control (`--no-controls`) a speed gate that was open stays open.
     """
     if not passed:
         return ParityGateError.exit_code
     code = int(old.get("exit_code") or 0)
-    return 0 if code == EnvironmentFault.exit_code and not failed else code
+    if code not in (0, EnvironmentFault.exit_code, SpeedGateError.exit_code):
+        return code
+    if any(gate["name"] == _SPEED_GATE and gate["value"] is not None for gate in failed):
+        return SpeedGateError.exit_code
+    return code if failed else 0
 
 
 def _parity_fields(parity: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -138,6 +138,21 @@ def test_packages_are_compared_with_the_float_model(packages):
     assert "1.00 (1.00)" in lines[3]
 
 
+def test_the_float_model_in_half_precision_is_a_row_of_its_own(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("OpenVINO has no bfloat16 kernels on this processor")
+    write_tiny_package(tmp_path / "net", manifest={"target": "openvino"})
+    result = bench.run_bench([tmp_path / "net"], threads=1, runs=5)
+    assert [row["name"] for row in result["engines"]] == ["float", "float bf16", "net"]
+    half = result["engines"][1]
+    assert half["model"] == result["engines"][0]["model"]
+    assert half["load_ms"] > 0
+    assert half["speedup"]["median"] == pytest.approx(
+        result["engines"][0]["latency_ms"]["median_ms"] / half["latency_ms"]["median_ms"]
+    )
+
+
 def test_without_a_float_model_the_first_package_is_the_reference(packages, tmp_path):
     folder = tmp_path / "alone"
     write_tiny_package(folder)

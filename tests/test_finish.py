@@ -3,18 +3,21 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 import fake_trt
 import quantized
 import trt_files as files
 from command import Workspace, build, run
-from dfqc.backends import _trt_run, trt
+from dfqc.backends import _trt_finish, _trt_run, trt
 from dfqc.compiler import finish, package, verify_package
 from dfqc.compiler.cli import main
-from dfqc.compiler.errors import UsageError
+from dfqc.compiler.errors import UnsupportedError, UsageError
 from dfqc.compiler.simulate import TorchRunner, simulated
 from qdq_models import tiny_manifest, write_tiny_package
+
+FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
 
 @pytest.fixture
@@ -102,6 +105,98 @@ def test_a_speed_gate_stays_open_without_a_float_control(unfinished, monkeypatch
     done = finish.run_engine(tmp_path / "gated", finish.EngineOptions(cache_dir=tmp_path))
     assert (done["status"], done["exit_code"]) == ("failed", 8)
     assert gate in done["gates"]
+
+
+@pytest.fixture
+def controlled(unfinished, tmp_path):
+    """The same with its float model, and a gate that only a measured speed-up closes."""
+
+    def make(limit):
+        opened = package.open_package(unfinished)
+        gate = {"name": "min_speedup", "value": None, "limit": limit, "passed": False}
+        kept = {k: v for k, v in opened.manifest.items() if k != "files"} | {"gates": [gate]}
+        contents = {name: unfinished / name for name in opened.manifest["files"]}
+        graph, _ = files.state("w8a8")
+        contents["float.onnx"] = trt.lower_float(graph)
+        package.write_package(tmp_path / "controlled", kept, contents)
+        return tmp_path / "controlled"
+
+    return make
+
+
+@pytest.mark.parametrize("version", fake_trt.VERSIONS)
+@pytest.mark.parametrize(("limit", "code"), [(1e-6, 0), (1e6, 6)])
+def test_the_float_model_is_timed_in_both_precisions(
+    controlled, capsys, monkeypatch, version, limit, code, tmp_path
+):
+    world = fake_trt.install(monkeypatch, version)
+    folder = controlled(limit)
+    said = main(["engine", str(folder), "--batch", "1,4", "--cache-dir", str(tmp_path), "--json"])
+    streams = capsys.readouterr()
+    assert said == code, streams.err
+    manifest = json.loads(streams.out)
+    assert (manifest["exit_code"], manifest["status"]) == (code, "failed" if code else "passed")
+    controls = manifest["build"]["controls"]
+    assert {name: set(rows) for name, rows in controls.items()} == {
+        "float": {"1", "4"}, "fp16": {"1", "4"}
+    }  # fmt: skip
+    latency = manifest["metrics"]["latency_ms"]
+    assert latency["float"] == controls["float"]["1"]["median_ms"]
+    assert latency["half"] == controls["fp16"]["1"]["median_ms"]
+    assert latency["half_precision"] == "fp16"
+    engine = manifest["build"]["latency_ms"]["1"]["median_ms"]
+    assert latency["speedup"] == pytest.approx(latency["float"] / engine)
+    assert latency["half_speedup"] == pytest.approx(latency["half"] / engine)
+    (gate,) = [g for g in manifest["gates"] if g["name"] == "min_speedup"]
+    assert (gate["value"], gate["passed"]) == (latency["speedup"], code == 0)
+    assert "fp16 " in "\n".join(finish.describe_engine(manifest))
+    assert ("too slow" in streams.err) == (code == 6)
+    models = [onnx.load_from_string(a[0]) for a in world.called("OnnxParser.parse")]
+    types = [{i.data_type for i in m.graph.initializer} & {FLOAT, HALF} for m in models]
+    assert types == [{FLOAT}, {FLOAT}, {HALF}]
+    # every buffer was freed
+    import cuda.bindings.runtime
+
+    assert not cuda.bindings.runtime.held
+
+
+def test_controls_can_be_left_out(controlled, monkeypatch, tmp_path):
+    world = fake_trt.install(monkeypatch, fake_trt.VERSIONS[0])
+    options = finish.EngineOptions(cache_dir=tmp_path, controls=False)
+    done = finish.run_engine(controlled(1.5), options)
+    assert (done["exit_code"], done["build"]["controls"]) == (8, {})
+    assert len(world.called("OnnxParser.parse")) == 1
+
+
+def test_a_control_that_is_refused_costs_nothing_else(controlled, monkeypatch, tmp_path):
+    fake_trt.install(monkeypatch, fake_trt.VERSIONS[1])
+
+    def refuse(model):
+        raise UnsupportedError("no float16 here")
+
+    monkeypatch.setattr(_trt_finish, "half_model", refuse)
+    done = finish.run_engine(controlled(1e-6), finish.EngineOptions(cache_dir=tmp_path))
+    assert done["exit_code"] == 0
+    assert set(done["build"]["controls"]) == {"float"}
+    assert done["build"]["controls_refused"] == {"fp16": "no float16 here"}
+    assert done["metrics"]["latency_ms"].get("half") is None
+
+
+def test_the_float16_control_computes_what_the_float_model_does(monkeypatch, tmp_path):
+    fake_trt.install(monkeypatch, fake_trt.VERSIONS[0])
+    graph, _ = files.state("w8a8")
+    path = tmp_path / "float.onnx"
+    path.write_bytes(trt.lower_float(graph))
+    images = quantized.calib(4, seed=3).images.numpy()
+    name, half = trt.open_half(path)
+    whole = trt.open_runner(path)
+    found, expected = half.infer(images), whole.infer(images)
+    assert name == "fp16"
+    assert found.dtype == np.float32
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 0 < error < 5e-3  # it is float16, and no other model
+    half.close()
+    whole.close()
 
 
 def test_a_changed_package_is_not_finished(unfinished, capsys, monkeypatch):
