@@ -24,7 +24,7 @@ from dfqc.compiler.moments import (
     relu_moments,
     smooth_moments,
 )
-from dfqc.compiler.placement import CLIP, RELU
+from dfqc.compiler.operators import CLIP, RELU
 
 TERMS = 12  # of the Hermite series; what they leave out goes into one more
 SPATIAL = 0.6  # correlation of neighboring positions in natural images and their features

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dfqc.compiler.graph import LAYER_TYPES, Graph, Norm, batch_norms, node_shapes
-from dfqc.compiler.placement import ADD, CAT, CLIP, GRID_PRESERVING, RELU
+from dfqc.compiler.operators import ADD, CAT, CLIP, GRID_PRESERVING, RELU
 
 # Natural images: mean and standard deviation of a pixel in [0, 1].
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225

@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.placement import ADD, STREAM_BITS, Placer, Request, join_inputs, output_end
+from dfqc.compiler.operators import ADD, join_inputs, output_end
+from dfqc.compiler.placement import STREAM_BITS, Placer, Request
 from dfqc.compiler.spec import LayerPlan, TargetSpec
 
 _aten = torch.ops.aten

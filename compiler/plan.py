@@ -14,7 +14,8 @@ from typing import NamedTuple
 from torch import fx
 
 from dfqc.compiler.graph import Graph, layer_nodes
-from dfqc.compiler.placement import is_spatial_zero_pad, place
+from dfqc.compiler.operators import is_spatial_zero_pad
+from dfqc.compiler.placement import place
 from dfqc.compiler.spec import (
     MAX_BITS,
     OFFSET_BITS,

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import QParams, QTensor, QuantState
 from dfqc.compiler.graph import Graph, copy_graph
-from dfqc.compiler.placement import output_end
+from dfqc.compiler.operators import output_end
 from dfqc.compiler.spec import LayerPlan, Plan, QScheme, Quantizer
 
 

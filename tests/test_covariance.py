@@ -15,7 +15,7 @@ from dfqc.compiler.covariance import (
     mehler,
     output_covariance,
 )
-from dfqc.compiler.placement import CLIP, RELU
+from dfqc.compiler.operators import CLIP, RELU
 
 SILU, HARDSWISH = torch.ops.aten.silu.default, torch.ops.aten.hardswish.default
 ACTIVATIONS = {

@@ -8,10 +8,10 @@ import models
 import numerics
 from dfqc.compiler.graph import Graph, copy_graph, verify
 from dfqc.compiler.moments import expected_inputs
+from dfqc.compiler.operators import RELU
 from dfqc.compiler.passes._pairs import find_pairs
 from dfqc.compiler.passes.equalize import METHODS, Options, equalize
 from dfqc.compiler.passes.fold import fold
-from dfqc.compiler.placement import RELU
 
 IMAGES = models.images(6, seed=3)
 EXACT = Options()

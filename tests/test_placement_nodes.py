@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import fx
 
-from dfqc.compiler.placement import (
+from dfqc.compiler.operators import (
     is_fused_activation,
     is_nonnegative,
     is_spatial_zero_pad,

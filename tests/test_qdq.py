@@ -11,8 +11,8 @@ import numerics
 import quantized
 from dfqc.backends import _qdq, ort
 from dfqc.backends._qdq_write import QdqWriter
+from dfqc.compiler.operators import output_end
 from dfqc.compiler.parity import check_parity
-from dfqc.compiler.placement import output_end
 from dfqc.compiler.simulate import TorchRunner, simulated
 
 WIDTHS = ["w8a8", "w4a8", "w4a4", "w2a4", "w5a6", "w4a16"]

@@ -28,8 +28,8 @@ from dfqc.compiler.covariance import (
 )
 from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import AVERAGING, Moments
+from dfqc.compiler.operators import CAT, GRID_PRESERVING
 from dfqc.compiler.passes._layers import bias_or_zero
-from dfqc.compiler.placement import CAT, GRID_PRESERVING
 
 _aten = torch.ops.aten
 Covariance = Callable[[Lag], Tensor]

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from dfqc.compiler.channels import Group, Use
 from dfqc.compiler.graph import Graph, Norm, batch_norms, has_batch_norm, layer_nodes
 from dfqc.compiler.moments import Moments, node_moments
+from dfqc.compiler.operators import ADD
 from dfqc.compiler.passes._layers import (
     Layer,
     bias_or_zero,
@@ -25,7 +26,6 @@ from dfqc.compiler.passes._layers import (
     readers,
     scale_outputs,
 )
-from dfqc.compiler.placement import ADD
 
 Criterion: TypeAlias = Literal["l1", "l2", "bn", "output", "restored"]
 

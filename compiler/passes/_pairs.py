@@ -17,8 +17,8 @@ from torch import fx, nn
 
 from dfqc.compiler._aten import argument, pair
 from dfqc.compiler.graph import NORM_TYPES, Graph, node_shapes
+from dfqc.compiler.operators import CLIP, CONSTANT_PAD, PAD, RELU
 from dfqc.compiler.passes._layers import as_layer, count_calls, readers
-from dfqc.compiler.placement import CLIP, CONSTANT_PAD, PAD, RELU
 
 Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d
 

@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from dfqc.compiler.channels import Group, Use
 from dfqc.compiler.graph import Graph, layer_nodes
 from dfqc.compiler.moments import Moments, node_moments
+from dfqc.compiler.operators import ADD
 from dfqc.compiler.passes._criteria import Curve
 from dfqc.compiler.passes._layers import readers
 from dfqc.compiler.passes._outputs import find_outputs
 from dfqc.compiler.passes._patches import PatchMoments
 from dfqc.compiler.passes._reads import Read, split_reads
 from dfqc.compiler.passes.restore import Options, Restorer
-from dfqc.compiler.placement import ADD
 
 LARGEST = 1200  # side of the largest matrix that is taken down tap by tap
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqc.compiler.graph import Graph, copy_graph
+from dfqc.compiler.operators import RELU
 from dfqc.compiler.passes._layers import (
     Layer,
     scale_outputs,
@@ -35,7 +36,6 @@ from dfqc.compiler.passes._layers import (
 )
 from dfqc.compiler.passes._pairs import Norm, Pair, find_pairs
 from dfqc.compiler.passes.fold import fold
-from dfqc.compiler.placement import RELU
 
 log = logging.getLogger(__name__)
 

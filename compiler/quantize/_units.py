@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from dfqc.compiler.contracts import QParams, QTensor, QuantState
 from dfqc.compiler.graph import Block, Graph, blocks
-from dfqc.compiler.placement import output_end
+from dfqc.compiler.operators import output_end
 from dfqc.compiler.spec import LayerPlan, Plan
 
 UNIT_FILE = "unit.safetensors"
