@@ -32,6 +32,7 @@ class QdqWriter:
         self.layers: dict[str, ir.Value] = {}
         self.saturating: dict[int, tuple[float, float]] = {}
         self.constants: dict[tuple[str, str, bytes], ir.Value] = {}
+        self.spared: set[str] = set()  # quantizers whose codes are there without them
 
     def run(self) -> None:
         """Replace all markers; raise RuntimeError if a planned one is missing."""
@@ -64,12 +65,16 @@ class QdqWriter:
     def _check_complete(self) -> None:
         planned = set(self.state.plan.quantizers)
         weights = {p.name for p in self.state.plan.layers.values() if p.weight is not None}
-        missing = (planned - self.taps.keys()) | (weights - self.layers.keys())
+        missing = (planned - self.taps.keys() - self.spared) | (weights - self.layers.keys())
         if missing:
             raise RuntimeError(f"planned but not found in the exported model: {sorted(missing)}")
 
     def _activation(self, tap: ir.Node, quantizer: Quantizer) -> None:
         """Write Q, the clip that keeps a grid below 8 bits, and DQ in place of a marker."""
+        if self._is_spare(tap, quantizer):
+            self.spared.add(quantizer.name)
+            self._swap(tap, [])
+            return
         qparams, scheme = self.state.acts[quantizer.name], quantizer.scheme
         scale = self._constant(np.float32(qparams.scale))
         zero_point = self._constant(self._code_type()(qparams.zero_point))
@@ -93,6 +98,16 @@ class QdqWriter:
         nodes.append(ir.node("DequantizeLinear", [codes, scale, zero_point]))
         self.saturating[id(nodes[0])] = (low, high)
         self._swap(tap, nodes)
+
+    def _is_spare(self, tap: ir.Node, quantizer: Quantizer) -> bool:
+        """Report whether a quantizer repeats, behind a maximum pool, the grid in front of it.
+
+        ONNX Runtime needs it there for its integer pool. OpenVINO moves the scale behind the pool
+        itself, and would round the codes once more: a pass over them.
+        """
+        pool = tap.inputs[0].producer() if tap.inputs[0] is not None else None
+        fuses = self.target.placement == "fused" and quantizer.tied is not None
+        return fuses and pool is not None and pool.op_type == "MaxPool"
 
     def _weight(self, tap: ir.Node, layer: LayerPlan) -> None:
         """Write the integer weight and its DQ in place of a marker, and the snapped bias."""
@@ -208,7 +223,9 @@ class QdqWriter:
     def _swap(self, tap: ir.Node, nodes: Iterable[ir.Node]) -> None:
         chain = list(nodes)
         self.graph.insert_before(tap, chain)
-        _replace_uses(tap.outputs[0], chain[-1].outputs[0])
+        last = chain[-1].outputs[0] if chain else tap.inputs[0]
+        assert last is not None
+        _replace_uses(tap.outputs[0], last)
         self.graph.remove(tap, safe=True)
 
     def _code_type(self) -> type[np.int8] | type[np.uint8]:

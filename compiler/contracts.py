@@ -185,8 +185,9 @@ class QuantizerSupplies:
 class Lowered:
     """A serialized ONNX model and the name map from our names to its values.
 
-    `taps` gives, per quantizer, the ONNX value that holds its integer codes; `layers`, per module
-    path, the ONNX value that the layer computes.
+    `taps` gives, per quantizer, the ONNX value that holds its integer codes (a target may write
+    one that repeats another's grid without a value of its own); `layers`, per module path, the
+    ONNX value that the layer computes.
     """
 
     model: bytes

@@ -165,7 +165,7 @@ logits = session.run(None, {session.get_inputs()[0].name: images})[0]""",
 _OPENVINO = (
     "import openvino as ov",
     """options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-options["SNIPPETS_MODE"] = "DISABLE"  # convolutions add residuals themselves; leave out for ViTs
+options["SNIPPETS_MODE"] = "DISABLE"  # for residual sums; without them, and for ViTs, leave it out
 model = ov.Core().compile_model("model.onnx", "CPU", options)
 logits = model(images)[0]""",
 )

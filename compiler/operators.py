@@ -16,13 +16,14 @@ RELU = _aten.relu.default
 CLIP = _aten.hardtanh.default
 ADD = _aten.add.Tensor
 CAT = _aten.cat.default
+MAX_POOL = _aten.max_pool2d.default
 PAD = _aten.pad.default
 CONSTANT_PAD = _aten.constant_pad_nd.default
 
 # Ops whose output values are values of their input (or zero): a grid survives them.
 GRID_PRESERVING = frozenset(
     {
-        _aten.max_pool2d.default,
+        MAX_POOL,
         _aten.flatten.using_ints,
         _aten.reshape.default,
         _aten.view.default,

@@ -142,6 +142,7 @@ def _compare_layers(
     rows = tuple(
         LayerParity(name, state.acts[name].scale, *walker.differences[name])
         for name in state.plan.quantizers
+        if name in lowered.taps
     )
     return rows, error
 
@@ -156,7 +157,7 @@ class _ForcedWalker(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
-        if not isinstance(module, FakeQuantize):
+        if not isinstance(module, FakeQuantize) or target not in self.codes:
             return super().call_module(target, args, kwargs)
         name, engine = self.codes[target]
         ours = module.codes(args[0])

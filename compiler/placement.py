@@ -16,6 +16,7 @@ from torch import fx
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.operators import (
     ADD,
+    MAX_POOL,
     is_nonnegative,
     is_spatial_zero_pad,
     join_inputs,
@@ -75,6 +76,8 @@ class Placer:
                     self.covered[output_end(node)] = None
             for node in self.nodes:
                 self._cover_join(node)
+            for node in quantized:
+                self._cover_pooled(self._layer_source(node)[0])
         else:
             for node in self.nodes:
                 self._quantize_skip(node)
@@ -124,6 +127,19 @@ class Placer:
         self.covered[output_end(node)] = None
         for part in parts:
             self._request(part, STREAM_BITS, node.name)
+
+    def _cover_pooled(self, source: fx.Node) -> None:
+        """Quantize in front of a maximum pool, not behind it, where only integer layers read it.
+
+        Rounding keeps the order of numbers, so both give the same codes; the pool then reads bytes,
+        and what computes its input writes them (leaky ReLUs, in kernels of integers).
+        """
+        if source.target is not MAX_POOL or None in map(self._act_bits, source.users):
+            return
+        while source.target is MAX_POOL and len(source.all_input_nodes[0].users) == 1:
+            source = source.all_input_nodes[0]
+        if source.op == "call_function" and not stays_on_grid(source):
+            self.covered[source] = None
 
     def _on_grid(self, node: fx.Node) -> bool:
         """Report whether `node` carries values of a covered tensor."""

@@ -75,7 +75,7 @@ def test_without_adds_every_code_is_the_simulated_one(net, bits, tmp_path):
 @pytest.mark.parametrize("mean", [0.5, 0.485])
 @pytest.mark.parametrize("levels", [255, 256])
 def test_pixels_between_two_codes_go_where_the_engine_puts_them(mean, levels, tmp_path):
-    graph = quantized.folded("plain")
+    graph = quantized.folded("residual")  # as a snippet, the quantizer decides otherwise
     state = quantized.quantize(graph, quantized.plan(graph, "w8a8", target=target.TARGET))
     scale = np.float32(2 / levels)  # of 256 levels: every pixel is a tie
     image = QParams(float(scale), round(2 * mean / scale))
@@ -126,8 +126,8 @@ def test_a_residual_add_is_no_kernel_of_its_own(tmp_path):
 
 
 @needs_openvino
-@pytest.mark.parametrize(("net", "kernels"), [("residual", 0), ("attention", 1)])
-def test_snippets_are_left_to_attention(net, kernels, tmp_path):
+@pytest.mark.parametrize(("net", "kernels"), [("residual", 0), ("attention", 1), ("plain", 1)])
+def test_snippets_are_left_out_where_residuals_are_added(net, kernels, tmp_path):
     path = tmp_path / "model.onnx"
     lowered(net, "w8a8", path)
     found = [n for n in target.compiled_nodes(path) if n["layerType"] == "Subgraph"]

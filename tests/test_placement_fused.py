@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 import quantized
 from dfqc.backends import ort
+from dfqc.compiler import plugins
+from dfqc.compiler.parity import check_parity
 from test_placement import table
 
 FUSED = dataclasses.replace(ort.TARGET, name="fused", placement="fused")
@@ -80,3 +82,67 @@ def test_float_operations_read_what_the_kernel_has_not_rounded(function):
 def test_a_skip_from_float_operations_is_rounded_for_the_add():
     found = sources(lambda a, b: F.silu(a) + b)
     assert found == ["x", "silu", "add"]
+
+
+class Pooled(nn.Module):
+    """Two convolutions; `between` has what the first gives, and a maximum pool."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(3, 3, 3, padding=1) for _ in "ab")
+        self.between = between
+
+    def forward(self, x):
+        return self.b(self.between(self.a(x)))
+
+
+def pool(x):
+    return F.max_pool2d(x, 2)
+
+
+BETWEEN = [
+    (lambda x: pool(F.leaky_relu(x)), "leaky_relu.a4: max_pool2d", "= leaky_relu.a4"),
+    (lambda x: pool(pool(F.silu(x))), "silu.a4: max_pool2d", "= silu.a4"),
+]
+
+
+@pytest.mark.parametrize("target", [FUSED, ort.TARGET])
+@pytest.mark.parametrize(("between", "first", "twin"), BETWEEN)
+def test_a_pool_of_float_operations_reads_codes(target, between, first, twin):
+    graph = quantized.fold_module(Pooled(between))
+    rows = table(quantized.plan(graph, "w4a4", ends=None, target=target))
+    assert sum(row.startswith(first) for row in rows) == 1
+    (last,) = (row for row in rows if row.endswith(twin))
+    assert last.startswith("max_pool2d")
+
+
+OTHER_READERS = [
+    lambda x: pool(F.silu(x)) * 2,  # the pool's reader is no integer layer
+    lambda x: pool(F.silu(x)) + pool(F.silu(x)).sigmoid(),
+]
+
+
+@pytest.mark.parametrize("between", OTHER_READERS)
+def test_a_pool_that_others_read_keeps_its_floats(between):
+    graph = quantized.fold_module(Pooled(between))
+    assert not any(row.startswith("silu.") for row in table(plan(graph)))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("between", [BETWEEN[0][0], BETWEEN[1][0]])
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+def test_codes_in_front_of_a_pool_are_the_engines_too(name, between, bits, tmp_path):
+    backend = plugins.load("target", name)
+    if not backend.available()[0]:
+        pytest.skip(f"{name} is not installed")
+    torch.manual_seed(0)
+    graph = quantized.fold_module(Pooled(between))
+    state = quantized.quantize(graph, quantized.plan(graph, bits, ends=None, target=backend.TARGET))
+    result = backend.lower(graph, state, metadata={})
+    path = tmp_path / "model.onnx"
+    path.write_bytes(result.model)
+    images = quantized.calib(6, seed=3).images
+    report = check_parity(graph, state, result, backend.open_runner(path, threads=1), images)
+    assert report.passed
+    taken = {q.source for q in state.plan.quantizers.values()}
+    assert taken & {"leaky_relu", "silu"}
