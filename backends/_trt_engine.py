@@ -86,13 +86,21 @@ def _configure(trt: Any, builder: Any, options: EngineOptions) -> Any:
         config.builder_optimization_level = options.level
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    levels = {
-        "none": trt.HardwareCompatibilityLevel.NONE,
-        "ampere-plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
-        "same-compute": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
-    }
-    config.hardware_compatibility_level = levels[options.hardware]
+    if options.hardware != "none":
+        config.hardware_compatibility_level = _hardware_level(trt, options.hardware)
     return config
+
+
+def _hardware_level(trt: Any, hardware: str) -> Any:
+    """Return the named level; the first versions 10 do not have all of them."""
+    name = {"ampere-plus": "AMPERE_PLUS", "same-compute": "SAME_COMPUTE_CAPABILITY"}[hardware]
+    level = getattr(trt.HardwareCompatibilityLevel, name, None)
+    if level is None:
+        raise UnsupportedError(
+            f"--hardware {hardware}: TensorRT {trt.__version__} has no such level; leave it out, "
+            "or install a later version"
+        )
+    return level
 
 
 def _profiles(builder: Any, network: Any, batches: Sequence[int]) -> list[Any]:

@@ -17,7 +17,7 @@ from dfqc.backends import _trt_api, _trt_inspect
 from dfqc.backends._trt_engine import build_plan, has_sparse_weights, ranges
 from dfqc.backends._trt_run import Runner, half_model
 from dfqc.compiler.bench import speedup
-from dfqc.compiler.errors import UnsupportedError
+from dfqc.compiler.errors import DfqcError
 from dfqc.compiler.finish import EngineOptions
 
 log = logging.getLogger("dfqc.trt")
@@ -98,11 +98,11 @@ def _controls(
             assert model is not None
             try:
                 data = build_plan(read(model), options)
-            except UnsupportedError as error:  # the package's own engine is built all the same
+                runner = Runner(data, model, model, trusted=options.version_compatible)
+            except DfqcError as error:  # the package's own engine is finished all the same
                 log.warning("no %s control: %s", name, error)
                 refused[name] = str(error)
                 continue
-            runner = Runner(data, model, model, trusted=options.version_compatible)
             opened[name] = stack.enter_context(contextlib.closing(runner))
         yield opened, refused
 

@@ -1,6 +1,6 @@
 """Pruning and restoring without data, against others and with images: one table, one command.
 
-Uniform ratios (smallest l2 norm of folded filters) with every form of restoration, then allocated
+Uniform ratios (smallest l2 norm of filters) with every form of restoration, then allocated
 ones, weights in 6 and 4 bits, least squares on images, and masks. All are judged on the same real
 labelled images, engines of pruned networks are timed beside the whole network's.
 

@@ -101,7 +101,7 @@ def engine(
     json: Json = False,
 ) -> None:
     """Finish a package."""
-    from dfqc.compiler.finish import describe_engine, read_options, run_engine
+    from dfqc.compiler.finish import describe_engine, is_too_slow, read_options, run_engine
 
     options = read_options(
         batch,
@@ -119,7 +119,7 @@ def engine(
     if result.get("build") and "parity" in failed:
         typer.echo("dfqc: the engine is built, and computes something else (parity)", err=True)
         raise typer.Exit(ParityGateError.exit_code)
-    if result.get("build") and result["exit_code"] == SpeedGateError.exit_code:
+    if result.get("build") and is_too_slow(result.get("gates", ())):
         typer.echo("dfqc: the engine is built, and too slow (gate min_speedup)", err=True)
         raise typer.Exit(SpeedGateError.exit_code)
 

@@ -43,6 +43,13 @@ if TYPE_CHECKING:
 Hardware = Literal["none", "ampere-plus", "same-compute"]
 HARDWARE: tuple[Hardware, ...] = ("none", "ampere-plus", "same-compute")
 _SPEED_GATE = "min_speedup"
+# What only the float controls tell: figures of another run would not go with this engine's.
+_CONTROL_FIELDS = (
+    *("float", "float_p90", "speedup", "speedup_best", "half", "half_precision", "half_speedup"),
+    *("pruned", "pruned_speedup"),
+)
+# Codes of a build that another run here may mend; a refused file or lost accuracy stays.
+_MENDED_HERE = (0, ParityGateError.exit_code, SpeedGateError.exit_code, EnvironmentFault.exit_code)
 INSPECTOR, SHEET = "engine.layers.json", "calib/contact_sheet.png"
 
 
@@ -244,8 +251,9 @@ def _finished_manifest(
     first = next(iter(built["latency_ms"].values()))
     batch = int(next(iter(built["latency_ms"])))
     metrics = dict(old.get("metrics", {}))
+    before = metrics.get("latency_ms", {})
     metrics["latency_ms"] = {
-        **metrics.get("latency_ms", {}),
+        **{name: None if name in _CONTROL_FIELDS else value for name, value in before.items()},
         "engine": first["median_ms"],
         "engine_p90": first["p90_ms"],
         "batch": batch,
@@ -254,7 +262,7 @@ def _finished_manifest(
     metrics["latency_ms"] |= _control_fields(built.get("controls") or {}, str(batch))
     speed = metrics["latency_ms"].get("speedup")
     gates = [
-        _judge_speed(gate, speed) if gate["name"] == _SPEED_GATE and built.get("controls") else gate
+        _judge_speed(gate, speed) if gate["name"] == _SPEED_GATE else gate
         for gate in old.get("gates", ())
         if gate["name"] != "parity"
     ]
@@ -297,6 +305,14 @@ def _judge_speed(gate: Mapping[str, Any], speed: float | None) -> dict[str, Any]
     return {**gate, "value": speed, "passed": speed is not None and speed >= gate["limit"]}
 
 
+def is_too_slow(gates: Sequence[Mapping[str, Any]]) -> bool:
+    """Report whether the speed gate is among them, measured and failed."""
+    return any(
+        gate["name"] == _SPEED_GATE and gate["value"] is not None and not gate["passed"]
+        for gate in gates
+    )
+
+
 def _exit_code(old: Mapping[str, Any], passed: bool, failed: Sequence[Mapping[str, Any]]) -> int:
     """Return the build's code; 8, an engine that was missing, is mended unless a gate stays open.
 
@@ -305,11 +321,13 @@ def _exit_code(old: Mapping[str, Any], passed: bool, failed: Sequence[Mapping[st
     if not passed:
         return ParityGateError.exit_code
     code = int(old.get("exit_code") or 0)
-    if code not in (0, EnvironmentFault.exit_code, SpeedGateError.exit_code):
+    if code not in _MENDED_HERE:
         return code
-    if any(gate["name"] == _SPEED_GATE and gate["value"] is not None for gate in failed):
+    if any(gate["name"].startswith("parity") for gate in failed):  # that of the build's images
+        return ParityGateError.exit_code
+    if is_too_slow(failed):
         return SpeedGateError.exit_code
-    return code if failed else 0
+    return EnvironmentFault.exit_code if failed else 0
 
 
 def _parity_fields(parity: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def describe_pruning(build: Build) -> dict[str, Any] | None:
         return None
     shown = {name: value for name, value in about.items() if name != "layers"}
     if build.job.recipe.quantizer == "udfc" and build.job.recipe.prunes:
-        shown["restored_by"] = f"udfc ({about['restored_by']})"
+        way = build.job.recipe.quantizer_option.get("method", about["restored_by"])
+        shown["restored_by"] = f"udfc ({way})"
     return shown | {"refit": build.data("refit", REFIT) or None}
 
 

@@ -103,7 +103,8 @@ def _check_size(job: Job, smallest: int, measure_largest: Callable[[], int]) -> 
         raise UsageError(
             f"{job.recipe.weight_limit}: {asked:,} bytes are less than the smallest file that can "
             f"be reached, {smallest:,} ({format_size(smallest)}; the largest is {largest:,}, "
-            f"{format_size(largest)}); ask for more, or free the ends with --ends same"
+            f"{format_size(largest)}); ask for more, free the ends with --ends same, or let "
+            "channels go too with --prune auto"
         )
 
 

@@ -1,5 +1,6 @@
 """`dfqc engine`: a package in, the same with its engine out; against the fake TensorRT."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from command import Workspace, build, run
 from dfqc.backends import _trt_finish, _trt_run, trt
 from dfqc.compiler import finish, package, verify_package
 from dfqc.compiler.cli import main
-from dfqc.compiler.errors import UnsupportedError, UsageError
+from dfqc.compiler.errors import EnvironmentFault, UnsupportedError, UsageError
 from dfqc.compiler.simulate import TorchRunner, simulated
 from qdq_models import tiny_manifest, write_tiny_package
 
@@ -168,11 +169,36 @@ def test_controls_can_be_left_out(controlled, monkeypatch, tmp_path):
     assert len(world.called("OnnxParser.parse")) == 1
 
 
-def test_a_control_that_is_refused_costs_nothing_else(controlled, monkeypatch, tmp_path):
+def test_a_second_run_forgets_the_first_ones_controls(controlled, monkeypatch, tmp_path):
+    fake_trt.install(monkeypatch, fake_trt.VERSIONS[0])
+    folder = controlled(1e6)
+    options = finish.EngineOptions(cache_dir=tmp_path)
+    assert finish.run_engine(folder, options)["exit_code"] == 6
+    done = finish.run_engine(folder, dataclasses.replace(options, controls=False))
+    latency = done["metrics"]["latency_ms"]
+    assert [latency[n] for n in ("float", "speedup", "half", "half_speedup")] == [None] * 4
+    assert latency["engine"] > 0
+    (gate,) = [g for g in done["gates"] if g["name"] == "min_speedup"]
+    assert (gate["value"], gate["passed"], done["exit_code"]) == (None, False, 8)
+
+
+def test_parity_that_holds_again_mends_the_exit_code(controlled, monkeypatch, tmp_path):
+    fake_trt.install(monkeypatch, fake_trt.VERSIONS[0])
+    folder, options = controlled(1e-6), finish.EngineOptions(cache_dir=tmp_path)
+    honest = _trt_run.Runner.infer
+    with monkeypatch.context() as patch:
+        patch.setattr(_trt_run.Runner, "infer", lambda self, images: -honest(self, images))
+        assert finish.run_engine(folder, options)["exit_code"] == 7
+    done = finish.run_engine(folder, options)
+    assert (done["status"], done["exit_code"]) == ("passed", 0)
+
+
+@pytest.mark.parametrize("fault", [UnsupportedError, EnvironmentFault])
+def test_a_control_that_is_refused_costs_nothing_else(controlled, monkeypatch, fault, tmp_path):
     fake_trt.install(monkeypatch, fake_trt.VERSIONS[1])
 
     def refuse(model):
-        raise UnsupportedError("no float16 here")
+        raise fault("no float16 here")
 
     monkeypatch.setattr(_trt_finish, "half_model", refuse)
     done = finish.run_engine(controlled(1e-6), finish.EngineOptions(cache_dir=tmp_path))

@@ -25,6 +25,7 @@ from dfqc.compiler.passes.restore import Options, restore
 from dfqc.compiler.pruning import find_kept_outputs
 from dfqc.compiler.recipe import make_recipe
 
+MEAN = ("--quantizer-option", "mean_fix=true")
 UDFC = ("--prune", "0.3", "--quantizer", "udfc", "--bits", "w6a32")
 
 
@@ -228,6 +229,7 @@ def test_a_plan_shows_channels_and_work(shared, capsys):
         (("--prune", "0.3", "--quantizer", "udfc", "--equalize", "cle"), "leave --equalize out"),
         (("--prune", "0.3", "--quantizer", "udfc", "--sparsity", "2:4"), "fill the zeros"),
         (("--quantizer", "udfc", "--bias-correction", "analytic"), "would count twice"),
+        ((*UDFC, *MEAN, "--restore", "none", "--bias-correction", "blend"), "would count twice"),
         ((*UDFC, "--restore", "lbyl", "--quantizer-option", "compensate=users"), "patches or mom"),
     ],
 )
@@ -235,6 +237,12 @@ def test_what_cannot_be_is_refused_before_any_work(shared, capsys, given, text):
     done = run(capsys, shared, "plan", *shared.weights(), *QUICK, *given)
     assert done.code == 2
     assert text in done.user_fault
+
+
+def test_a_mean_that_was_not_put_back_may_be_corrected(shared, capsys):
+    off = ("--quantizer-option", "mean_fix=false", "--bias-correction", "analytic")
+    done = run(capsys, shared, "plan", *shared.weights(), *QUICK, *UDFC, *off)
+    assert done.code == 0, done.user_fault
 
 
 def test_a_network_of_which_nothing_can_go_is_not_supported(shared, capsys):

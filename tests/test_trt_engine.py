@@ -4,6 +4,7 @@ The fake has the names of the two versions and nothing else (`fixtures/trt_api.j
 """
 
 import ast
+import types
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,18 @@ def test_a_build_makes_the_documented_calls(world, tmp_path):
         ("input", 9, 32, 32),
     ]
     assert {a[1][1:] for a in shapes} == {(3, 16, 16)}
+
+
+@both
+def test_other_gpus_are_asked_for_by_name_only(world, tmp_path, monkeypatch):
+    """Early versions 10 do not have all levels: what nobody asks for is not looked up."""
+    import tensorrt
+
+    monkeypatch.setattr(tensorrt, "HardwareCompatibilityLevel", types.SimpleNamespace())
+    assert _trt_engine.build_plan(files.written(), options(tmp_path))
+    assert world.called("IBuilderConfig.hardware_compatibility_level") == []
+    with pytest.raises(UnsupportedError, match=r"--hardware same-compute: TensorRT .* no such"):
+        _trt_engine.build_plan(files.written(), options(tmp_path, hardware="same-compute"))
 
 
 @both

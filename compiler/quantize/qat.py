@@ -41,7 +41,8 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: Literal["reconstruct", "gptq", "rtn"] = Field(
-        "reconstruct", description="quantizer whose result is trained on"
+        "reconstruct",
+        description="quantizer whose result is trained on; rtn where weight_steps is tensor",
     )
     start_effort: Literal["quick", "standard", "max"] = Field(
         "quick", description="preset of that quantizer"
@@ -60,7 +61,9 @@ class Options(BaseModel):
     feature_weight: float = Field(1.0, ge=0, description="of the blocks' normalized errors")
     shift: float = Field(0.125, ge=0, lt=1, description="of each side at most, of a copied image")
     weight_steps: Literal["channel", "tensor"] = Field(
-        "channel", description="one learned step per channel, or a single one per weight"
+        "channel",
+        description="one learned step per channel, or a single one per weight, which no start has: "
+        "rounding then begins to nearest",
     )
     keep_best: bool = Field(
         True, description="ship the best of start, last state and those on the way; else the last"
@@ -86,11 +89,18 @@ _SEED = 51_001
 
 
 def check_given(options: Options, given: Sequence[str]) -> None:
-    """Refuse an effort for a start that has only one.
+    """Refuse an effort for a start that has only one, and a start that could not be used.
 
     Raises:
-        UsageError: names the starts that have more.
+        UsageError: names the starts that have more, or what goes with single steps.
     """
+    single = options.weight_steps == "tensor"
+    unread = [f"{n}={getattr(options, n)}" for n in ("start", "start_effort") if n in given]
+    if single and unread and unread != ["start=rtn"]:
+        raise UsageError(
+            f"qat: {', '.join(unread)}: codes of the other quantizers have a step per channel, and "
+            "weight_steps=tensor begins with rounding to nearest: leave it out"
+        )
     if "start_effort" in given and not any(_STARTS[options.start].PRESETS.values()):
         others = ", ".join(name for name, plugin in _STARTS.items() if any(plugin.PRESETS.values()))
         raise UsageError(
@@ -156,14 +166,15 @@ def quantize(
 
     teacher = Teacher(graph, targets)
     single = options.weight_steps == "tensor"
-    student = Student(
-        *(graph, start, StudentOptions.model_validate({"relative": True, "per_tensor": single})),
-        device=device,
-        exits=teacher.exits,
-    )
+
+    def make_student() -> Student:
+        chosen = StudentOptions.model_validate({"relative": True, "per_tensor": single})
+        return Student(graph, start, chosen, device=device, exits=teacher.exits)
+
+    if single:  # the grids are the student's own, and so are the errors that biases make up for
+        start = correct_biases(graph, make_student().state(), calib, supplies, device)
+    student = make_student()
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - clock)
-    # A single step per weight was asked for: the start, with one per channel, is no answer to it.
-    start = student.state() if single else start
     distance_of_start = judge(start)
     trainer = Trainer(
         *(student, teacher),
@@ -200,7 +211,7 @@ def _choose(
     info: dict[str, Any] = {
         **{k: v for k, v in start.info.items() if k not in ("kept", "heldout_distance")},
         "quantizer": "qat",
-        "start": options.start,
+        "start": _start_name(options),
         "start_kept": start.info.get("kept", ""),
         "kept": kept,
         "heldout_distance": scores,
@@ -217,9 +228,13 @@ def _choose(
     return dataclasses.replace(states[kept], info=info)
 
 
+def _start_name(options: Options) -> str:
+    return "rtn" if options.weight_steps == "tensor" else options.start
+
+
 def _start_of(options: Options) -> tuple[Any, Any]:
-    plugin = _STARTS[options.start]
-    return plugin, plugin_options(plugin, options.start, options.start_effort, {})
+    name = _start_name(options)
+    return _STARTS[name], plugin_options(_STARTS[name], name, options.start_effort, {})
 
 
 def _start(
@@ -232,7 +247,7 @@ def _start(
     progress: Progress,
     supplies: QuantizerSupplies,
 ) -> QuantState:
-    """Return what training begins with, biases corrected."""
+    """Return what training begins with, biases corrected unless weights get other grids."""
     plugin, chosen = _start_of(options)
     share = None if supplies.seconds is None else _START_SHARE * supplies.seconds
     state: QuantState = plugin.quantize(
@@ -242,7 +257,7 @@ def _start(
         progress=progress,
         supplies=dataclasses.replace(supplies, seconds=share),
     )
-    if state.info.get("learned_biases"):
+    if state.info.get("learned_biases") or options.weight_steps == "tensor":
         return state
     return correct_biases(graph, state, calib, supplies, device)
 
