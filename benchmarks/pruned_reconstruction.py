@@ -1,7 +1,8 @@
 """Block reconstruction of pruned networks: fitted to the pruned network or to the original one.
 
 Channels are pruned uniformly (l2) and restored, and then refitted on the synthetic images or not;
-each such network is then quantized by the block loop with both kinds of targets.
+each such network is then quantized by the block loop with both kinds of targets. Images are
+mirrored and shifted for the refit, and its ridge is that of a build.
 
     python benchmarks/pruned_reconstruction.py resnet20_cifar10 --ratio .3 --bits w4a4 -o OUT
 """
@@ -23,6 +24,7 @@ from _tables import write_results
 from dfqc.compiler import plugins
 from dfqc.compiler.contracts import CalibSet, Pruned, QuantizerSupplies
 from dfqc.compiler.graph import Graph
+from dfqc.compiler.judging import augmented
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes._least_squares import refit
 from dfqc.compiler.passes.fold import fold
@@ -31,8 +33,10 @@ from dfqc.compiler.passes.restore import restore
 from dfqc.compiler.plan import make_plan
 from dfqc.compiler.simulate import simulated
 from dfqc.compiler.spec import default_ends, parse_bits
+from dfqc.compiler.stages_prune import COPIES, RIDGE
 
 CPU = torch.device("cpu")
+TARGETS = ("pruned", "original")  # whose values the blocks learn
 HEADER = ("net", "ratio", "bits", "images", "weights", "fitted to", "top-1", "drop", "kept", "s")
 
 
@@ -45,6 +49,7 @@ def main() -> int:
     parser.add_argument("--quantizer", default="reconstruct")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--synth", default="genie")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--real", action="store_true", help="the same with as many real images too")
     parser.add_argument("--effort", default="quick", choices=("quick", "standard", "max"))
     parser.add_argument("--images", type=int, default=1000, help="test images")
@@ -74,12 +79,14 @@ def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[di
     exact = case.top1(case.folded)
     keep = choose_channels(case, options.ratio, [], 1)["uniform l2"].keep
     restored = restore(case.graph, keep, RestoreOptions())
-    images = case.images[source]
-    fitted = refit(case.graph, restored, images, outputs=kept_rows(case.graph, keep))
+    images = augmented(case.images[source], COPIES, torch.Generator().manual_seed(0))
+    rows = kept_rows(case.graph, keep)
+    fitted = refit(case.graph, restored, images, outputs=rows, ridge=RIDGE)
     for name, pruned in (("restored", restored), ("least squares", fitted)):
         row = {"weights": name, "target": "", "float": exact, "top1": case.top1(pruned)}
         yield {**row, "kept": "not quantized", "seconds": 0.0, "images": len(case.labels)}
-        for target, unpruned in (("pruned", None), ("original", Pruned(case.graph, keep))):
+        for target in options.targets:
+            unpruned = Pruned(case.graph, keep) if target == "original" else None
             start = time.perf_counter()
             found, kept = quantize(case, pruned, unpruned, source, options)
             seconds = time.perf_counter() - start

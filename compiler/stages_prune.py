@@ -43,7 +43,7 @@ _LEAST_IMAGES = 32
 # Measured on CIFAR-10 ResNets of which 30 % of the inner channels are gone, 48 synthetic images: a
 # ResNet-20 (float 92.1, restored 84.3) is at 85.6 from the images alone, at 88.5 with copies that
 # are mirrored and shifted and a ridge of 0.1 for 0.01; a ResNet-56 (restored 90.8) is at 91.9.
-_COPIES, _RIDGE = 4, 0.1
+COPIES, RIDGE = 4, 0.1
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,14 @@ def refit(context: Context) -> Refit:
     calib, held_out = context.value("synthesize").images, context.value("holdout")
     learning, own = split_judges(calib)
     rng = torch.Generator().manual_seed(context.seed())
-    learning = augmented(learning, _COPIES, rng)[: _count_images(recipe, original)]
+    learning = augmented(learning, COPIES, rng)[: _count_images(recipe, original)]
     fitted = _least_squares.refit(
         original,
         restored,
         learning,
         outputs=find_kept_outputs(original, cut.keep),
         masks=cut.masks,
-        ridge=_RIDGE,
+        ridge=RIDGE,
         device=device,
         progress=context.progress(),
     )
