@@ -3,8 +3,9 @@
 It is trained in a game against a student, a quantized copy of the model with bits of its own: the
 images are those about which both disagree, but not too much. Of several images drawn per label, one
 is taken whose adaptability lies in the bounds. `--quantizer adadfq` plays the same game against the
-network that is built and needs no images; this one gives images to other quantizers. AdaSG is
-`method` "adasg".
+network that is built, and reads other images for ranges and for judging only; this one gives images
+to other quantizers. The student's bits are `bits`, whatever is built of the images, so that builds
+of other bits share them. AdaSG is `method` "adasg".
 
 `max` is as published, but for what `dfqc.compiler.quantize.adadfq` says.
 """

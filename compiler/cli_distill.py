@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfqc.compiler.cli_build import RecipeFile, make_listener
+from dfqc.compiler.cli_build import make_listener
 from dfqc.compiler.flags import with_recipe_flags
 from dfqc.compiler.output import Json, emit, only_results_on_stdout
 from dfqc.compiler.units import format_duration
@@ -71,7 +71,10 @@ def distill(
     method: Method = "images",
     init: Init = None,
     distill_option: Options = None,
-    recipe: RecipeFile = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="YAML with the flags of teacher and images."),
+    ] = None,
     output: Output = None,
     json: Json = False,
 ) -> None:

@@ -90,6 +90,16 @@ def describe_quantization(build: Build) -> dict[str, Any]:
     }
 
 
+def list_collapses(build: Build) -> list[str]:
+    """Return one sentence where a training was stopped because it had collapsed."""
+    about = build.data("correct", INFO)["info"]
+    if not about.get("collapsed"):
+        return []
+    what = f"--quantizer {about['quantizer']} stopped after {about['iterations']} iterations"
+    kept = f"kept was {about.get('kept')}, the nearest to the float network on held-out images"
+    return [f"{what}: {about['collapsed']}; {kept}"]
+
+
 def _rounding(about: Mapping[str, Any]) -> dict[str, str]:
     """Return, per layer, what gave its weights their codes; empty for a method of one way."""
     # Tuning leaves all codes as the units have them, and so does a walk for activations alone.

@@ -61,7 +61,7 @@ def check_files():
 
 
 def run_openvino(openvino, path, images):
-    """Return the first output for a batch of images, as dfqc runs the model."""
+    """Return the first output for a batch of images: the codes that dfqc computes."""
     core = openvino.Core()
     model = core.read_model(str(path))
     model.reshape(images.shape)

@@ -5,7 +5,7 @@ import pytest
 import models
 from dfqc.compiler.calib_quality import score, warnings
 from dfqc.compiler.contents import _quality
-from dfqc.compiler.ledger import describe_quantization
+from dfqc.compiler.ledger import describe_quantization, list_collapses
 from dfqc.compiler.manifest import _calib, check_gates, exit_code, verdict
 
 
@@ -174,3 +174,11 @@ def test_what_a_quantizer_says_of_itself_is_handed_on():
     assert found.items() >= about.items()
     about = {"quantizer": "rtn"}
     assert not describe_quantization(build).keys() & told.keys()
+
+
+@pytest.mark.parametrize(("fault", "notes"), [("the loss is not a finite number", 1), ("", 0)])
+def test_a_training_that_collapsed_is_a_note(fault, notes):
+    info = {"quantizer": "qat", "collapsed": fault, "iterations": 40, "kept": "start"}
+    found = list_collapses(SimpleNamespace(data=lambda *_: {"info": info}))
+    assert len(found) == notes
+    assert all(fault in note and "after 40 iterations" in note for note in found)

@@ -15,6 +15,9 @@ quantized network learns the float one's answers to them. AdaSG is `method` "ada
 - Batch norms are folded into the student's layers, and their scales and shifts so trained with
   weights and biases; the plan decides which tensors have a grid, and how many bits the ends have.
   The network begins with biases corrected for its rounding; weight decay is that of weights alone.
+- Ranges of 4 bits and more are symmetric for weights, and what lies outside of an activation's grid
+  gets no gradient. The settings by size of the image are those of ResNet-20 and ResNet-18; the
+  published ones of single networks and bits (a ResNet-50's rate, other bounds) are options.
 - On an accelerator that has it, layers compute in bfloat16 (`precision` "float32": as published).
 - The last state is judged, on synthetic images, against the start and those on the way. The
   published figures are those of the best epoch on the test set.
