@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shlex
 import sys
 import tempfile
 import time
@@ -52,6 +53,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "qdrop": ("qdrop", {}),
     "genie-m": ("genie-m", {}),
     "reconstruct": ("reconstruct", {}),
+    "a quarter undecided": ("reconstruct", {"undecided": 0.25}),
     PUBLISHED: ("genie-m", {}),
 }
 LEGEND = (
@@ -81,7 +83,7 @@ def main() -> int:
     parser.add_argument("nets", nargs="*", help="names of the assets' networks; default: all")
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--ends", nargs="+", default=["w8a8"], choices=("w8a8", "same"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:-1], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:-2], choices=list(METHODS))
     parser.add_argument("--sources", nargs="+", default=["genie", "real"])
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--real-images", type=int, default=1024)
@@ -98,7 +100,7 @@ def main() -> int:
                 print(table_line(COLUMNS, row), flush=True)
             del case
             gc.collect()
-            command = " ".join(["python", "benchmarks/reconstruction.py", *sys.argv[1:]])
+            command = shlex.join(["python", "benchmarks/reconstruction.py", *sys.argv[1:]])
             table = render(rows, command)
             write_results(rows, table, options.output)
     return 0
