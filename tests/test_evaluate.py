@@ -193,4 +193,4 @@ def test_a_package_without_float_model_is_evaluated_alone(images, tmp_path):
     result = evaluate.run_eval(tmp_path / "net", images)
     assert set(result) == {"package", "data", "top1", "provider"}
     assert result["top1"]["engine"]["percent"] == 75.0
-    assert len(evaluate.describe_eval(result)) == 1
+    assert len(evaluate.describe_eval(result)) == 2  # and where it ran
