@@ -42,7 +42,15 @@ TARGET = TargetSpec(
 WEIGHT_ONLY_KEY = "dfqc.weight_only"  # metadata of a model whose activations stay in float
 MAX_BATCH = 256
 
-_PROVIDERS = ["CPUExecutionProvider"]
+CPU = "cpu"
+# What `--provider` chooses: each takes the nodes it can, and leaves the others to those behind it.
+PROVIDERS = {
+    CPU: ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+# Without it TensorRT refuses models with quantizers (microsoft/onnxruntime, issue 13381).
+_PROVIDER_OPTIONS = {"TensorrtExecutionProvider": {"trt_int8_enable": "1"}}
 
 
 def available() -> tuple[bool, str]:
@@ -52,6 +60,11 @@ def available() -> tuple[bool, str]:
     except ImportError as error:
         return False, f"onnxruntime cannot be imported ({error}); pip install onnxruntime"
     return True, str(onnxruntime.__version__)
+
+
+def providers() -> tuple[str, ...]:
+    """Return the execution providers that the installed ONNX Runtime is built with."""
+    return tuple(_runtime().get_available_providers())
 
 
 def lower(graph: Graph, state: QuantState, *, metadata: Mapping[str, str]) -> Lowered:
@@ -75,15 +88,17 @@ def open_runner(
     threads: int | None = None,
     max_batch: int = MAX_BATCH,
     as_written: bool = False,
+    provider: str = CPU,
 ) -> Runner:
     """Open `model.onnx`. `threads` None: one per core that this process may use.
 
     With `as_written` node by node, without rewriting the graph: slow, and what the file says. (In
     float16 files the rewriting rounds biases with a float16 product of scales, which underflows.)
     Batches above `max_batch` are run in pieces, which bounds memory. A file that is no model
-    raises `LoadError`, a missing runtime `EnvironmentFault`.
+    raises `LoadError`, a missing runtime or `provider` (of `PROVIDERS`) `EnvironmentFault`; no
+    other provider takes its place, but single nodes that it does not have run on those behind it.
     """
-    return Runner(model, threads or machine.cpu_count(), max_batch, as_written)
+    return Runner(model, threads or machine.cpu_count(), max_batch, as_written, provider)
 
 
 def open_half(model: Path, *, threads: int | None = None) -> None:
@@ -119,11 +134,19 @@ def optimized(model: Path) -> ModelProto:
 class Runner:
     """An open session: float32 (n, c, h, w) in normalized space in, the first output back."""
 
-    def __init__(self, model: Path, threads: int, max_batch: int, as_written: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path,
+        threads: int,
+        max_batch: int,
+        as_written: bool = False,
+        provider: str = CPU,
+    ) -> None:
         self.model = model
         self.threads = threads
         self.max_batch = max_batch
         self.as_written = as_written
+        self.provider = provider
         self._weight_only = _weight_only(model)
         self._session: Any = self._open(model)
         self._tapped: tuple[tuple[str, ...], Any] | None = None
@@ -150,7 +173,11 @@ class Runner:
         self._session = self._tapped = None
 
     def _open(self, model: Path | bytes) -> Any:
-        return _session(model, self.threads, self._weight_only, as_written=self.as_written)
+        return _session(
+            *(model, self.threads, self._weight_only),
+            as_written=self.as_written,
+            provider=self.provider,
+        )
 
     def _run(self, session: Any, names: list[str] | None, images: np.ndarray) -> list[np.ndarray]:
         import numpy as np
@@ -160,10 +187,15 @@ class Runner:
         # Pixels, where the preprocessing is in the graph.
         kind = np.uint8 if entry.type == "tensor(uint8)" else np.float32
         images = np.ascontiguousarray(images, dtype=kind)
-        pieces = [
-            session.run(names, {entry.name: images[start : start + self.max_batch]})
-            for start in range(0, len(images), self.max_batch)
-        ]
+        try:
+            pieces = [
+                session.run(names, {entry.name: images[start : start + self.max_batch]})
+                for start in range(0, len(images), self.max_batch)
+            ]
+        except Exception as error:  # the runtime's faults have no common base
+            if self.provider == CPU:
+                raise
+            raise _provider_fault(self.model, self.provider, first_line(error)) from error
         if len(pieces) == 1:
             return list(pieces[0])
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
@@ -176,8 +208,10 @@ def _session(
     *,
     optimized_path: Path | None = None,
     as_written: bool = False,
+    provider: str = CPU,
 ) -> Any:
     ort = _runtime()
+    chain = _chain(provider)
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
     level = levels.ORT_DISABLE_ALL if as_written else levels.ORT_ENABLE_ALL
@@ -196,14 +230,43 @@ def _session(
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     source = model if isinstance(model, bytes) else str(model)
+    place = "the model" if isinstance(model, bytes) else model
     try:
-        return ort.InferenceSession(source, options, providers=_PROVIDERS)
+        # Of itself the runtime would go on with the CPU where the provider fails.
+        session = ort.InferenceSession(source, options, providers=chain, enable_fallback=0)
     except Exception as error:  # the runtime has one class per kind of fault, without a base
-        place = "the model" if isinstance(model, bytes) else model
+        if provider != CPU:
+            raise _provider_fault(place, provider, first_line(error)) from error
         raise LoadError(
             f"{place}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}; "
             f"expected an ONNX model of opset {TARGET.opset} such as `dfqc build` writes"
         ) from error
+    # A provider whose libraries are missing is left out of the session without a word.
+    if session.get_providers()[0] != PROVIDERS[provider][0]:
+        got = ", ".join(session.get_providers())
+        raise _provider_fault(place, provider, f"it did not start, the session has {got}")
+    return session
+
+
+def _chain(provider: str) -> list[tuple[str, dict[str, str]]]:
+    """Return the asked execution provider and those behind it, with their options."""
+    found = providers()
+    if PROVIDERS[provider][0] not in found:
+        raise EnvironmentFault(
+            f"--provider {provider}: ONNX Runtime {_runtime().__version__} has no "
+            f"{PROVIDERS[provider][0]} here, only {', '.join(found)}; "
+            "pip install onnxruntime-gpu instead of onnxruntime"
+        )
+    names = [name for name in PROVIDERS[provider] if name in found]
+    return [(name, _PROVIDER_OPTIONS.get(name, {})) for name in names]
+
+
+def _provider_fault(place: Path | str, provider: str, reason: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{place}: cannot be run on --provider {provider}: {reason}; expected a GPU, its driver "
+        "and the CUDA, cuDNN (and TensorRT) libraries that this onnxruntime-gpu is built for; "
+        "`--provider cpu` runs without"
+    )
 
 
 def _runtime() -> Any:

@@ -49,6 +49,8 @@ def list_abilities(
         get = "" if usable else _RUNTIMES.get(name, f"see `dfqc targets` for {name}")
         label = f"run and time packages of target {name}"
         abilities.append(Ability(label, usable, str(target["runtime"]), get))
+    if targets.get("ort", {}).get("available"):
+        abilities.append(_gpu_providers())
     return [*abilities, _integer_speed(), _pictures(), _timings(), _energy()]
 
 
@@ -62,6 +64,18 @@ def _cuda(torch: str | None) -> Ability:
         get = "a CUDA build of torch, see pytorch.org"
         return Ability(name, False, f"torch {torch} is a build for CPUs", get)
     return Ability(name, True, f"NVIDIA driver present, torch {torch}; not tried here")
+
+
+def _gpu_providers() -> Ability:
+    """Say what `--provider` can choose: what ONNX Runtime is built with, started or not."""
+    from dfqc.backends import ort
+
+    found = ort.providers()
+    name, detail = "ONNX Runtime on a GPU (--provider)", ", ".join(found)
+    if any(chain[0] in found for key, chain in ort.PROVIDERS.items() if key != ort.CPU):
+        return Ability(name, True, f"ONNX Runtime has {detail}; not tried here")
+    get = "an NVIDIA driver, and pip install onnxruntime-gpu instead of onnxruntime"
+    return Ability(name, False, f"ONNX Runtime has {detail}", get)
 
 
 def _integer_speed() -> Ability:

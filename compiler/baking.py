@@ -19,7 +19,7 @@ from dfqc.compiler.inspection import output_step
 
 if TYPE_CHECKING:
     from dfqc.compiler.contracts import ImageSpec
-    from dfqc.compiler.plugin_contracts import Backend
+    from dfqc.compiler.providers import Opener
 
 BAKED = "model.uint8.onnx"
 INPUT = "pixels"
@@ -65,14 +65,14 @@ def bake_preprocessing(model: onnx.ModelProto, image: ImageSpec) -> onnx.ModelPr
 
 
 def compare_baked(
-    backend: Backend, plain: Path, baked: Path, inputs: np.ndarray, image: ImageSpec
+    open_runner: Opener, plain: Path, baked: Path, inputs: np.ndarray, image: ImageSpec
 ) -> dict[str, Any]:
     """Run both models on the same pixels and return how far apart their outputs are.
 
     `inputs` are normalized images (n, c, h, w); the pixels nearest to them are used.
     """
     pixels = to_pixels(inputs, image)
-    runners = [backend.open_runner(path, threads=1) for path in (plain, baked)]
+    runners = [open_runner(path, threads=1) for path in (plain, baked)]
     try:
         expected = runners[0].infer(normalize(pixels, image))
         found = runners[1].infer(pixels)

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +18,11 @@ import numpy as np
 from dfqc.compiler import machine, plugins
 from dfqc.compiler.contracts import ImageSpec, Latency, Model, Progress, Runner, silent
 from dfqc.compiler.energy import Meter, find_meter, joules_per_call
-from dfqc.compiler.errors import EnvironmentFault, LoadError, UsageError
+from dfqc.compiler.errors import LoadError, UsageError
 from dfqc.compiler.evaluate import score
 from dfqc.compiler.package import Package, open_package
+from dfqc.compiler.probe import Entry, static_row
+from dfqc.compiler.providers import opener, provider_of
 from dfqc.compiler.units import format_size
 
 RUNS = 100
@@ -35,7 +33,6 @@ _FLOAT = "float"
 _MIN_TURNS = 5
 _TURN_SECONDS = 0.05
 _MAX_BURST = 10
-_PROBE = "import json, sys; from dfqc.compiler import bench; print(bench.probe(*sys.argv[1:]))"
 
 
 def measure(
@@ -135,16 +132,6 @@ def random_images(image: ImageSpec, batch: int, *, seed: int = 0) -> np.ndarray:
     return images
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One engine of a benchmark."""
-
-    name: str
-    target: str
-    model: Path
-    half: bool = False  # the float model in the half precision that the engine has
-
-
 def run_bench(
     folders: Sequence[Path],
     *,
@@ -154,6 +141,7 @@ def run_bench(
     data: Path | None = None,
     runs: int = RUNS,
     seconds: float = SECONDS,
+    provider: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare packages on this machine: what `dfqc bench A [B C]` prints.
@@ -161,18 +149,21 @@ def run_bench(
     The reference of all ratios is the float model (`float_model`, or the one in the first
     package), and where there is none, the first package. Where the engine has half-precision
     kernels here, the float model in those is a row of its own. With `data`, top-1 on these
-    labelled images is measured too.
+    labelled images is measured too. `provider` is where ONNX Runtime computes
+    (`dfqc.backends.ort.PROVIDERS`), None the CPU; with another target it raises `UsageError`.
     """
     packages = [open_package(folder) for folder in folders]
     image = _common_image(packages, data is not None)
     threads = threads or machine.cpu_count()
-    entries = _entries(packages, float_model)
-    rows = [_static_row(entry, image, batch, threads) for entry in entries]
+    entries = [
+        dataclasses.replace(entry, provider=provider) for entry in _entries(packages, float_model)
+    ]
+    openers = {entry.name: opener(entry.target, provider) for entry in entries}
+    rows = [static_row(entry, image, batch, threads) for entry in entries]
     runners: dict[str, Runner] = {}
     try:
         for entry in entries:
-            backend = plugins.load("target", entry.target)
-            runners[entry.name] = backend.open_runner(entry.model, threads=threads)
+            runners[entry.name] = openers[entry.name](entry.model, threads=threads)
         if entries[0].name == _FLOAT:
             half = plugins.load("target", entries[0].target).open_half(
                 entries[0].model, threads=threads
@@ -180,7 +171,7 @@ def run_bench(
             if half is not None:
                 entry = dataclasses.replace(entries[0], name=f"{_FLOAT} {half[0]}", half=True)
                 runners[entry.name] = half[1]
-                rows.insert(1, _static_row(entry, image, batch, threads))
+                rows.insert(1, static_row(entry, image, batch, threads))
         images = random_images(image, batch)
         samples = sample(runners, images, runs=runs, seconds=seconds * len(runners))
         top1 = _accuracies(runners, data, image, progress)
@@ -197,6 +188,7 @@ def run_bench(
         row["speedup"] = speedup(samples[reference], times)
         row["top1"] = top1.get(row["name"])
         row["joules_per_image"] = joules.get(row["name"])
+        row["provider"] = provider_of(runners[row["name"]])
     return {
         "batch": batch,
         "threads": threads,
@@ -214,8 +206,10 @@ def describe_bench(result: Mapping[str, Any]) -> list[str]:
     columns = (
         "  median ms    p90 ms    p99 ms  images/s  ratio          load ms    memory      file"
     )
+    ran = dict.fromkeys(row["provider"] for row in result["engines"] if row["provider"])
     lines = [
-        f"batch {result['batch']}, {result['threads']} threads, {result['cpu']}",
+        f"batch {result['batch']}, {result['threads']} threads, {result['cpu']}"
+        + "".join(f", ONNX Runtime on {name}" for name in ran),
         f"ratios to {result['reference']}: by medians (by best calls)",
         "engine".ljust(width) + columns,
     ]
@@ -232,25 +226,6 @@ def describe_bench(result: Mapping[str, Any]) -> list[str]:
             f"{format_size(row['model_bytes']):>9}{accuracy}"
         )
     return lines
-
-
-def probe(target: str, model: str, threads: str, shape: str, half: str = "") -> str:
-    """Open an engine in this (fresh) process and return JSON: load time and memory."""
-    backend = plugins.load("target", target)
-    backend.available()  # imports the runtime: its memory is not the model's
-    images = np.zeros([int(d) for d in shape.split("x")], np.float32)
-    before = machine.current_rss()
-    with machine.measured() as usage:
-        start = time.perf_counter()
-        opened = backend.open_half if half else backend.open_runner
-        found = opened(Path(model), threads=int(threads))
-        runner = found[1] if half else found
-        load = time.perf_counter() - start
-        for _ in range(3):
-            runner.infer(images)
-    peak = usage.peak_rss_bytes
-    row = {"load_ms": 1000 * load, "peak_rss_bytes": peak, "engine_bytes": max(peak - before, 0)}
-    return json.dumps(row)
 
 
 def _warm_up(runner: Model, images: np.ndarray, calls: int, clock: Callable[[], float]) -> float:
@@ -299,20 +274,6 @@ def _entries(packages: Sequence[Package], float_model: Path | None) -> list[Entr
             Entry(package.name if unique else str(package.folder), package.target, package.engine)
         )
     return list({entry.name: entry for entry in entries}.values())
-
-
-def _static_row(entry: Entry, image: ImageSpec, batch: int, threads: int) -> dict[str, Any]:
-    """Measure what needs a process of its own."""
-    shape = "x".join(map(str, (batch, *image.size)))
-    command = [sys.executable, "-c", _PROBE, entry.target, str(entry.model), str(threads), shape]
-    command += ["half"] if entry.half else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise EnvironmentFault(f"{entry.model}: cannot be run with {shape} images: {reason}")
-    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    row = {"name": entry.name, "target": entry.target, "model": str(entry.model)}
-    return row | {"model_bytes": entry.model.stat().st_size} | measured
 
 
 def _accuracies(

@@ -18,7 +18,7 @@ from dfqc.compiler.units import format_size
 COLUMNS = (
     *("engine", "target", "batch", "threads", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "best_ms"),
     *("runs", "images_per_second", "speedup", "speedup_best", "load_ms", "peak_rss_bytes"),
-    *("engine_bytes", "model_bytes", "joules_per_image", "top1", "model"),
+    *("engine_bytes", "model_bytes", "joules_per_image", "top1", "model", "provider"),
 )
 
 _TRUST = (
@@ -36,6 +36,7 @@ def run_sweep(
     data: Path | None = None,
     runs: int = bench.RUNS,
     seconds: float = bench.SECONDS,
+    provider: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare packages at every pair of batch size and threads.
@@ -56,6 +57,7 @@ def run_sweep(
                 data=data if index == 0 else None,  # right answers do not depend on the batch
                 runs=runs,
                 seconds=seconds / len(pairs),
+                provider=provider,
             )
         )
         progress(index + 1, len(pairs), f"batch {batch}")

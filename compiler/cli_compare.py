@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dfqc.compiler.cli_package import Provider
 from dfqc.compiler.errors import AccuracyGateError, UsageError
 from dfqc.compiler.output import Json, emit, only_results_on_stdout, write_text
 
@@ -37,6 +38,7 @@ def bench(
         typer.Option("--data", "--eval-data", metavar="PATH", help="Labelled images: adds top-1."),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls per engine.")] = 100,
+    provider: Provider = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write one line per engine and setting.")
     ] = None,
@@ -58,6 +60,7 @@ def bench(
             float_model=float_model,
             data=data,
             runs=runs,
+            provider=provider,
             progress=reporter("bench"),
         )
     for path, text in ((csv, sweep_csv), (html, sweep_html)):

@@ -12,6 +12,9 @@ from dfqc.compiler.output import Json, emit, only_results_on_stdout, write_text
 
 Folder = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Folder that `dfqc build` wrote.")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads of the engine.")]
+Provider = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of target ort: cpu (default), cuda, tensorrt.")
+]
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images per call.")]
 
 
@@ -34,6 +37,7 @@ def evaluate(
     ],
     batch: Batch = 64,
     threads: Threads = None,
+    provider: Provider = None,
     json: Json = False,
 ) -> None:
     """Evaluate a package."""
@@ -41,16 +45,24 @@ def evaluate(
     from dfqc.compiler.progress import reporter
 
     with only_results_on_stdout():
-        result = run_eval(package, data, batch=batch, threads=threads, progress=reporter("eval"))
+        result = run_eval(
+            *(package, data),
+            batch=batch,
+            threads=threads,
+            provider=provider,
+            progress=reporter("eval"),
+        )
     emit(result, describe_eval(result), as_json=json)
 
 
-def verify(package: Folder, threads: Threads = None, json: Json = False) -> None:
+def verify(
+    package: Folder, threads: Threads = None, provider: Provider = None, json: Json = False
+) -> None:
     """Check a package."""
     from dfqc.compiler.verify_package import describe_verify, run_verify
 
     with only_results_on_stdout():
-        result = run_verify(package, threads=threads)
+        result = run_verify(package, threads=threads, provider=provider)
     emit(result, describe_verify(result), as_json=json)
     if result["failures"]:  # the object on stdout names them; a second one would be no JSON
         typer.echo(f"dfqc: {'; '.join(result['failures'])}", err=True)

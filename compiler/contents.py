@@ -60,7 +60,7 @@ def bake_build(build: Build, folder: Path) -> dict[str, Any]:
     if build.job.runtime is None:
         return found
     inputs = read_golden(build.file("golden", GOLDEN)).inputs
-    return found | compare_baked(build.job.backend, plain, path, inputs, image)
+    return found | compare_baked(build.job.backend.open_runner, plain, path, inputs, image)
 
 
 def package_contents(build: Build, manifest: Mapping[str, Any]) -> dict[str, Path | bytes]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dfqc.compiler import plugins
 from dfqc.compiler.contracts import Dataset, Progress, Runner, silent
 from dfqc.compiler.errors import LoadError
 from dfqc.compiler.package import open_package
+from dfqc.compiler.providers import opener, provider_of
 
 BATCH = 64
 MIN_AGREEMENT = 99.0  # percent of the images on which simulation and engine predict the same
@@ -149,27 +149,31 @@ def run_eval(
     *,
     batch: int = BATCH,
     threads: int | None = None,
+    provider: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate a package on labelled images: what `dfqc eval PACKAGE --data PATH` prints.
 
     Where the package brings its float model, that is run on the same images beside it.
+    `provider` is where ONNX Runtime computes (`dfqc.backends.ort.PROVIDERS`), None the CPU; for
+    other targets it raises `UsageError`.
     """
     from dfqc.compiler.dataset import open_dataset
 
     package = open_package(folder)
+    open_runner = opener(package.target, provider)
     dataset = open_dataset(data, package.image)
-    backend = plugins.load("target", package.target)
     models = {"engine": package.engine}
     if package.float_model is not None:
         models["float"] = package.float_model
-    runners = {name: backend.open_runner(path, threads=threads) for name, path in models.items()}
+    runners = {name: open_runner(path, threads=threads) for name, path in models.items()}
     try:
         scores = score(runners, dataset, batch=batch, progress=progress)
     finally:
         for runner in runners.values():
             runner.close()
     result: dict[str, Any] = {"package": str(folder), "data": dataset.source, "top1": {}}
+    result["provider"] = provider_of(runners["engine"])
     for name in models:
         result["top1"][name] = dataclasses.asdict(scores.top1(name))
     if "float" in models:
@@ -191,6 +195,8 @@ def describe_eval(result: Mapping[str, Any]) -> list[str]:
             f"drop    {result['drop']:.2f} ± {result['drop_standard_error']:.2f} points (paired); "
             f"{result['agreement']:.2f} % of predictions as in float"
         )
+    if result["provider"]:
+        lines.append(f"ran on  {result['provider']}")
     return lines
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -36,16 +35,17 @@ from dfqc.compiler.report_charts import (
     show_sizes,
     show_stages,
 )
+from dfqc.compiler.report_ledger import layer_ms, ledger_html
 from dfqc.compiler.target_report import rules_html
 
 if TYPE_CHECKING:
     import numpy as np
 
-LAYER_COLUMNS = (*("name", "op", "asked", "exported", "executed", "rounding", "reason", "sqnr_db"),)
+LAYER_COLUMNS = (
+    *("name", "op", "asked", "exported", "executed", "rounding", "reason", "sqnr_db", "ms"),
+)
 
 _TILE = 96  # pixels of the shorter side below which images are enlarged on a contact sheet
-_OFTEN = 4  # layers of which the same is said
-_GOOD_DB = 40.0  # length of a full bar
 
 
 def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = None) -> str:
@@ -66,7 +66,7 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
         section("Calibration images", _calibration(manifest, contact_sheet_png)),
         section("Pruning", pruning_html(manifest)),
         section("Layers", layers_chart(manifest.get("layers", []))),
-        section("Precision ledger", _ledger(manifest.get("layers", []))),
+        section("Precision ledger", ledger_html(manifest)),
         section("Weight bits under a limit", _allocation(manifest)),
         section("Layers that are faster in float", _autotuned(manifest)),
         section("Stages", show_stages(manifest.get("stages", []))),
@@ -79,16 +79,17 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
 
 
 def layers_csv(manifest: Mapping[str, Any]) -> str:
-    """Return the precision ledger, one line per layer."""
+    """Return the precision ledger, one line per layer; `ms` where the engine was profiled."""
     out = io.StringIO()
     layers, widths = manifest.get("layers", []), _widths(manifest)
+    times = layer_ms(manifest)
     pruned = ("channels_before", "channels_after") if manifest.get("pruning") else ()
     columns = (*LAYER_COLUMNS, *pruned, *(f"w{bits}_alone_db" for bits in widths))
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for layer in layers:
         alone = {f"w{bits}_alone_db": _alone(layer, bits) for bits in widths}
-        writer.writerow({**layer, **alone})
+        writer.writerow({**layer, **alone, "ms": times.get(layer.get("name"))})
     return out.getvalue()
 
 
@@ -199,39 +200,6 @@ def _calibration(manifest: Mapping[str, Any], sheet: bytes | None) -> str:
     return body
 
 
-def _ledger(layers: Sequence[Mapping[str, Any]]) -> str:
-    notes = _common_reasons(layers)
-    columns: dict[str, list[object]] = {
-        "layer": [layer.get("name") for layer in layers],
-        "channels": [_width(layer) for layer in layers],
-        "op": [layer.get("op") for layer in layers],
-        "asked": [layer.get("asked") for layer in layers],
-        "exported": [layer.get("exported") for layer in layers],
-        "executed": [layer.get("executed") or "not known" for layer in layers],
-        "rounding": [layer.get("rounding") for layer in layers],
-        "why": [_why(layer.get("reason"), notes) for layer in layers],
-        "SQNR (dB)": [number(layer.get("sqnr_db"), 1) for layer in layers],
-        "": [_bar(layer.get("sqnr_db")) for layer in layers],
-    }
-    if not any(layer.get("channels_after") for layer in layers):
-        del columns["channels"]
-    if not any(columns["rounding"]):
-        del columns["rounding"]
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    said = [f"Note {index + 1}: {reason}" for index, reason in enumerate(notes)]
-    return table(list(columns), rows, numeric=(len(columns) - 2,)) + bullets(said)
-
-
-def _common_reasons(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what is said of many layers: once below the table is enough."""
-    reasons = Counter(str(layer["reason"]) for layer in layers if layer.get("reason"))
-    return [reason for reason, count in reasons.items() if count >= _OFTEN]
-
-
-def _why(reason: object, notes: Sequence[str]) -> object:
-    return f"note {notes.index(str(reason)) + 1}" if reason in notes else reason
-
-
 def _autotuned(manifest: Mapping[str, Any]) -> str:
     about = manifest.get("autotune")
     if not about:
@@ -252,11 +220,6 @@ def _autotuned(manifest: Mapping[str, Any]) -> str:
         "with the best before it. For another machine: build there, or name layers with --layer."
     )
     return table(header, rows, numeric=(1, 2, 3)) + f"<p>{escape(note)}</p>"
-
-
-def _width(layer: Mapping[str, Any]) -> str:
-    before, after = layer.get("channels_before"), layer.get("channels_after")
-    return str(after) if before == after else f"{before} → {after}"
 
 
 def _allocation(manifest: Mapping[str, Any]) -> str:
@@ -305,13 +268,6 @@ def _command(manifest: Mapping[str, Any]) -> str:
         f"seed {escape(str(manifest.get('seed', ABSENT)))}. The same input gives the same "
         "<code>model.onnx</code>, byte for byte. <code>dfqc verify</code> checks this package on "
         "another machine.</p>"
-    )
-
-
-def _bar(sqnr: float | None) -> Markup:
-    width = 0.0 if sqnr is None else min(max(sqnr / _GOOD_DB, 0.0), 1.0)
-    return Markup(
-        f'<div class="track"><div class="bar" style="width:{100 * width:.0f}%"></div></div>'
     )
 
 

@@ -18,13 +18,14 @@ from zipfile import BadZipFile
 import numpy as np
 import onnx
 
+from dfqc.backends import ort
 from dfqc.compiler import plugins
 from dfqc.compiler.baking import BAKED, compare_baked
 from dfqc.compiler.contracts import Runner
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.inspection import output_step
 from dfqc.compiler.package import GOLDEN, MODEL, Package, file_faults, open_package
-from dfqc.compiler.plugin_contracts import Backend
+from dfqc.compiler.providers import Opener, opener, provider_of
 
 CODE_IMAGES = 2
 # Where the inputs of a layer are equal, its own codes differ only by rounding on a boundary.
@@ -103,14 +104,21 @@ def read_golden(path: Path) -> Golden:
     return Golden(inputs, outputs, codes, maps["taps"], maps["layers"])
 
 
-def run_verify(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
+def run_verify(
+    folder: Path, *, threads: int | None = None, provider: str | None = None
+) -> dict[str, Any]:
     """Check a package: what `dfqc verify PACKAGE` prints. `failures` is empty if it is sound.
 
+    `provider` is where ONNX Runtime computes (`dfqc.backends.ort.PROVIDERS`), None the CPU. On
+    others than the CPU, `kernels` is empty: they are not known.
+
     Raises:
+        UsageError: `provider` for a target that has none.
         LoadError: not a package, or changed since it was written, or not valid ONNX.
         EnvironmentFault: all that is well, but the target's engine cannot be opened here.
     """
     package = open_package(folder)
+    open_runner = opener(package.target, provider)
     faults = file_faults(package)
     if faults:
         raise LoadError(
@@ -129,7 +137,7 @@ def run_verify(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
     golden = read_golden(package.folder / GOLDEN)
     backend = plugins.load("target", package.target)
     try:
-        runner = backend.open_runner(package.engine, threads=threads)
+        runner = open_runner(package.engine, threads=threads)
     except EnvironmentFault as error:
         raise EnvironmentFault(
             f"{folder}: files as written, model valid, metadata as in the manifest, but no engine "
@@ -139,12 +147,16 @@ def run_verify(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
         parity = check_golden(golden, runner, model, package.manifest)
     finally:
         runner.close()
-    baked = _check_baked(package, golden, backend)
+    baked = _check_baked(package, golden, open_runner)
     failures = [*parity["failures"], *(baked or {}).get("failures", [])]
-    kernels = dict(backend.executed(package.engine, golden.layers))
+    ran = provider_of(runner)
+    kernels = (
+        dict(backend.executed(package.engine, golden.layers)) if ran in (None, ort.CPU) else {}
+    )
     return {
         "package": str(folder),
         "runtime": backend.available()[1],
+        "provider": ran,
         "files": len(package.manifest["files"]) + 1,
         "gates": list(package.manifest.get("gates", [])),
         "parity": parity,
@@ -164,6 +176,9 @@ def describe_verify(result: Mapping[str, Any]) -> list[str]:
         f"arg-max  equal on {parity['argmax_agreement']:.2f} % of {parity['images']} images",
         "codes    " + _describe_codes(parity["first_divergence"], len(parity["layers"])),
     ]
+    if result["provider"]:
+        unknown = "" if result["kernels"] else ", kernels not known"
+        lines.append(f"provider {result['provider']}{unknown}")
     if baked := result["baked"]:
         text = f"largest difference {baked['max_abs']:.3g}, tolerance {baked['tolerance']:.3g}"
         lines.append(f"pixels   {BAKED} and {MODEL}: {text}")
@@ -179,12 +194,12 @@ def describe_verify(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _check_baked(package: Package, golden: Golden, backend: Backend) -> dict[str, Any] | None:
+def _check_baked(package: Package, golden: Golden, open_runner: Opener) -> dict[str, Any] | None:
     """Compare the model that takes pixels with the other one; None where there is none."""
     path = package.folder / BAKED
     if not path.is_file() or package.engine.name != MODEL:
         return None  # a finished engine is no ONNX model: its runner opens neither
-    found = compare_baked(backend, package.engine, path, golden.inputs, package.image)
+    found = compare_baked(open_runner, package.engine, path, golden.inputs, package.image)
     text = f"{BAKED} and {MODEL} differ by {found['max_abs']:.3g}"
     return found | {"failures": [] if found["passed"] else [text]}
 

@@ -51,8 +51,8 @@ def test_other_preprocessing_is_found(models, tmp_path):
     wrong = tmp_path / "wrong.onnx"
     wrong.write_bytes(bake_preprocessing(tiny_net().model, other).SerializeToString())
     inputs = normalize(pixels(), IMAGE)
-    assert compare_baked(ort, *models, inputs, IMAGE)["passed"]
-    found = compare_baked(ort, models[0], wrong, inputs, IMAGE)
+    assert compare_baked(ort.open_runner, *models, inputs, IMAGE)["passed"]
+    found = compare_baked(ort.open_runner, models[0], wrong, inputs, IMAGE)
     assert not found["passed"]
     assert found["max_abs"] > found["tolerance"]
 

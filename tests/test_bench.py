@@ -200,3 +200,12 @@ def test_the_float_model_can_be_given(packages, tmp_path):
     result = bench.run_bench([packages / "w8a8"], float_model=control, threads=1, runs=5)
     assert result["engines"][0]["model"] == str(control)
     assert result["input"] == list(SIZE)
+
+
+def test_the_provider_reaches_the_process_that_measures_load_and_memory(packages):
+    result = bench.run_bench([packages / "w8a8"], threads=1, runs=5, provider="cpu")
+    assert [row["provider"] for row in result["engines"]] == ["cpu", "cpu"]
+    assert "ONNX Runtime on cpu" in bench.describe_bench(result)[0]
+    # no runner is opened in this process before: the fault is that of the other one
+    with pytest.raises(EnvironmentFault, match=r"images: --provider cuda: ONNX Runtime .* has no"):
+        bench.run_bench([packages / "w8a8"], threads=1, runs=5, provider="cuda")

@@ -183,7 +183,7 @@ def test_a_package_is_evaluated_beside_its_float_model(images, tmp_path):
     disagree = 1 - result["agreement"] / 100
     assert result["drop_standard_error"] == pytest.approx(100 * math.sqrt(disagree / 24))
     lines = evaluate.describe_eval(result)
-    assert [line.split()[0] for line in lines] == ["engine", "float", "drop"]
+    assert [line.split()[0] for line in lines] == ["engine", "float", "drop", "ran"]
     assert "75.00 %" in lines[1]
 
 
@@ -191,6 +191,6 @@ def test_a_package_without_float_model_is_evaluated_alone(images, tmp_path):
     write_tiny_package(tmp_path / "net", float32=True)
     (tmp_path / "net" / "float.onnx").unlink()
     result = evaluate.run_eval(tmp_path / "net", images)
-    assert set(result) == {"package", "data", "top1"}
+    assert set(result) == {"package", "data", "top1", "provider"}
     assert result["top1"]["engine"]["percent"] == 75.0
-    assert len(evaluate.describe_eval(result)) == 1
+    assert len(evaluate.describe_eval(result)) == 2  # and where it ran

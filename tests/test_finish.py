@@ -68,6 +68,8 @@ def test_a_package_is_finished_in_place(unfinished, capsys, monkeypatch, version
     assert manifest["build"]["profiles"] == [[1, 1, 1], [2, 8, 8]]
     assert set(manifest["build"]["latency_ms"]) == {"1", "8"}
     assert manifest["build"]["layer_ms"]["inner"] == 0.25
+    assert (unfinished / "layers.csv").read_text().splitlines()[1].endswith(",0.25")
+    assert "profiled at batch 1" in (unfinished / "report.html").read_text()
     (layer,) = manifest["layers"]
     assert layer["executed"].startswith("CaskConvolution int8 -> int8")
     assert manifest["parity"]["passed"] is True

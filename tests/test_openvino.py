@@ -209,7 +209,7 @@ def test_pixels_in_give_the_outputs_of_normalized_images(tmp_path):
     graph, _, result = lowered("residual", "w8a8", plain)
     model = bake_preprocessing(onnx.load_from_string(result.model), graph.image)
     baked.write_bytes(model.SerializeToString())
-    found = compare_baked(target, plain, baked, IMAGES.numpy(), graph.image)
+    found = compare_baked(target.open_runner, plain, baked, IMAGES.numpy(), graph.image)
     assert found["passed"]
     assert found["images"] == len(IMAGES)
 

@@ -229,14 +229,27 @@ def test_layers_csv_has_what_each_layer_does_alone():
 def test_layers_csv_is_read_back():
     rows = list(csv.DictReader(io.StringIO(layers_csv(MANIFEST))))
     assert [row["name"] for row in rows] == ["layer1.0.conv1", "fc"]
-    assert rows[0] == {k: str(v) for k, v in LAYERS[0].items()}
+    assert rows[0] == {k: str(v) for k, v in LAYERS[0].items()} | {"ms": ""}
     assert rows[1]["reason"] == LAYERS[1]["reason"]
     assert rows[1]["sqnr_db"] == ""
 
 
+def test_the_time_of_each_layer_is_told_where_the_engine_was_profiled():
+    build = {"layer_ms": {"fc": 0.01234}, "latency_ms": {"8": {}, "32": {}}}
+    timed = MANIFEST | {"build": build}
+    rows = list(csv.DictReader(io.StringIO(layers_csv(timed))))
+    assert [row["ms"] for row in rows] == ["", "0.01234"]
+    page = read(timed)
+    assert "ms: profiled at batch 8" in page
+    assert "0.0123" in page
+    assert report_html(timed).count(">ms</th>") == 1
+    assert "profiled at batch" not in read(MANIFEST)
+    assert ">ms</th>" not in report_html(MANIFEST)
+
+
 def test_layers_csv_ignores_fields_of_later_versions():
     text = layers_csv({"layers": [LAYERS[0] | {"later": 1}]})
-    assert text.splitlines()[0] == "name,op,asked,exported,executed,rounding,reason,sqnr_db"
+    assert text.splitlines()[0] == "name,op,asked,exported,executed,rounding,reason,sqnr_db,ms"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
