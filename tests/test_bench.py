@@ -3,6 +3,7 @@ import os
 import numpy as np
 import pytest
 
+from dfqc.backends import ort
 from dfqc.compiler import bench
 from dfqc.compiler.contracts import ImageSpec
 from dfqc.compiler.errors import EnvironmentFault, LoadError, UsageError
@@ -151,6 +152,16 @@ def test_the_float_model_in_half_precision_is_a_row_of_its_own(tmp_path):
     assert half["speedup"]["median"] == pytest.approx(
         result["engines"][0]["latency_ms"]["median_ms"] / half["latency_ms"]["median_ms"]
     )
+
+
+def test_half_precision_that_cannot_be_had_costs_its_row_only(packages, monkeypatch, caplog):
+    def refuse(model, *, threads=None):
+        raise EnvironmentFault("no onnx-ir here")
+
+    monkeypatch.setattr(ort, "open_half", refuse)
+    result = bench.run_bench([packages / "w8a8"], threads=1, runs=5)
+    assert [row["name"] for row in result["engines"]] == ["float", "w8a8"]
+    assert "half precision: no onnx-ir here" in caplog.text
 
 
 def test_without_a_float_model_the_first_package_is_the_reference(packages, tmp_path):
