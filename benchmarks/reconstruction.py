@@ -10,6 +10,7 @@ simulation (which the engine repeats: see the parity column of `accuracy.py`).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import shlex
 import sys
@@ -42,11 +43,14 @@ from dfqc.compiler.stages_calib import count_fitting
 CPU = torch.device("cpu")
 BITS = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
 PUBLISHED = "genie-m, published"  # 20,000 iterations per unit, whatever --effort is
+NOTHING = "gptq, nothing"  # no image anywhere: the biases too are corrected by batch norms alone
+_NO_IMAGES = CalibSet(torch.empty(0), None, "none")
 # label -> quantizer and its options beside those of the effort
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "squant": ("squant", {}),
     "gptq, no images": ("gptq", {"hessian": "bn"}),
+    NOTHING: ("gptq", {"hessian": "bn", "acts": "bn"}),
     "gptq": ("gptq", {}),
     "adaround": ("adaround", {}),
     "brecq": ("brecq", {}),
@@ -144,17 +148,22 @@ def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[di
             chosen = default_ends(asked) if ends == "w8a8" else None
             plan = make_plan(case.graph, target, asked, [], ends=chosen)
             for method in options.methods:
+                if method == NOTHING and source != options.sources[0]:
+                    continue  # the same once more
+                calib = _NO_IMAGES if method == NOTHING else case.calib
                 with machine.measured() as usage:
                     start = time.process_time()
-                    state = quantize(case, plan, method, options.effort)
+                    state = quantize(
+                        dataclasses.replace(case, calib=calib), plan, method, options.effort
+                    )
                     cpu = time.process_time() - start
                 found = predict(simulated(case.graph, state, integer=False), images)
                 same = found.argmax(1) == exact.argmax(1)
                 noise = (found - exact).double().square().sum()
                 yield {
                     "net": case.net.name,
-                    "calibration": source + (" (in sample)" if _in_sample(case, source) else ""),
-                    "calibration_images": len(case.calib.images),
+                    "calibration": "" if method == NOTHING else _describe(case, source),
+                    "calibration_images": len(calib.images),
                     "synthesis_seconds": case.seconds,
                     "bits": bits,
                     "ends": ends,
@@ -188,7 +197,7 @@ def quantize(case: Case, plan: Plan, method: str, effort: str) -> QuantState:
     )
     return bias.correct(
         *(case.graph, case.unfolded, state, case.calib),
-        bias.Options.model_validate({"method": "auto"}),
+        bias.Options.model_validate({"method": "analytic" if method == NOTHING else "auto"}),
         device=CPU,
         held_out=case.held_out,
     )
@@ -200,13 +209,13 @@ def predict(graph: Graph, images: list[Tensor]) -> Tensor:
     return torch.cat([graph.module(part) for part in images])
 
 
-def _in_sample(case: Case, source: str) -> bool:
-    return source == "real" and case.net.in_sample
+def _describe(case: Case, source: str) -> str:
+    return f"{source} (in sample)" if source == "real" and case.net.in_sample else source
 
 
 COLUMNS: Columns = (
     ("net", lambda r: r["net"]),
-    ("calibration", lambda r: f"{r['calibration_images']} {r['calibration']}"),
+    ("calibration", lambda r: f"{r['calibration_images']} {r['calibration']}".strip()),
     ("bits", lambda r: r["bits"]),
     ("ends", lambda r: r["ends"]),
     ("method", lambda r: r["method"]),
@@ -226,6 +235,7 @@ def render(rows: list[dict[str, Any]], command: str) -> str:
     made = {
         f"{r['net']}: {r['calibration_images']} {r['calibration']} {r['synthesis_seconds']:.0f} s"
         for r in rows
+        if r["calibration"]
     }
     legend = f"{LEGEND} Threads: {rows[0]['threads']}. Images made in: {'; '.join(sorted(made))}."
     return render_table(COLUMNS, rows, command, legend)

@@ -84,7 +84,7 @@ def folded_moments(graph: Graph, folded: Graph) -> dict[str, Moments]:
     expected = input_moments(graph)
     kept = {node.name for node in folded.module.graph.nodes}
     for norm in batch_norms(graph):
-        if norm.node.name in kept or _went_into_producer(norm, graph, folded):
+        if norm.node.name in kept or went_into_producer(norm, graph, folded):
             continue
         for path in (str(user.target) for user in norm.node.users):
             if path in expected:
@@ -103,7 +103,7 @@ def _per_channel(values: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) + values.detach().cpu().double().view(view)
 
 
-def _went_into_producer(norm: Norm, graph: Graph, folded: Graph) -> bool:
+def went_into_producer(norm: Norm, graph: Graph, folded: Graph) -> bool:
     """Report whether a folded batch norm changed the layer before it."""
     source = norm.input
     while source.op == "call_function" and len(source.users) == 1:

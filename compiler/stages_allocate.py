@@ -252,9 +252,10 @@ def _grids(graph: Graph, plan: Plan, calib: CalibSet, context: Context) -> dict[
     from dfqc.compiler.quantize import rtn
 
     few = dataclasses.replace(calib, images=calib.images[:_RANGE_IMAGES])
-    return rtn.activation_grids(
+    grids, _ = rtn.activation_grids(
         graph, few, plan, rtn.Options.model_validate({}), device=device_of(context)
     )
+    return grids
 
 
 def file_bytes(

@@ -141,7 +141,11 @@ class Network:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was kept for one unit: errors on held-out images, and the name of the smallest."""
+    """What was kept for one unit, and the errors of all candidates on held-out images.
+
+    `winner` has the smallest error of those that may win: nearest codes may not beside closed ones.
+    With `keep_best` off there are no errors, and it is what was learned last.
+    """
 
     walk: str
     unit: str

@@ -118,26 +118,30 @@ def quantize(
 
     Args:
         graph: folded graph.
-        calib: images (n, c, h, w) in normalized space; `bn` takes activation ranges alone.
+        calib: images (n, c, h, w) in normalized space; `bn` takes activation ranges
+            alone, with `acts=bn` nothing.
         plan: what each layer and tensor gets.
         options: where the Hessian comes from, and how columns are rounded.
         rng: unused, nothing here is random.
         device: where everything is computed.
         progress: called per batch of the ranges, then per layer.
-        supplies: `unfolded` for `bn`; `memory_bytes` bounds the images that are held;
+        supplies: `unfolded` for `bn` and `acts=bn`; `memory_bytes` bounds the images that are held;
             after `seconds` the layers that are left are rounded to nearest.
 
     Raises:
-        UsageError: `bn` without the unfolded graph, or with options of the images' Hessian.
+        UsageError: `bn` without the unfolded graph, or with options of the images' Hessian; of
+            `rtn.activation_grids`.
     """
     _check(options)
     del rng
     start = time.monotonic()
     deadline = None if supplies.seconds is None else start + supplies.seconds
     graph.module.to(device)
-    acts = rtn.activation_grids(graph, calib, plan, options, device=device, progress=progress)
+    acts, notes = rtn.activation_grids(
+        *(graph, calib, plan, options, supplies.unfolded), device=device, progress=progress
+    )
     room = hessian_room(supplies.memory_bytes)
-    rounder = _Rounder(graph, plan, acts, options, progress, room)
+    rounder = _Rounder(graph, plan, acts, options, progress, room, info=notes)
     if options.hessian == "bn":
         if supplies.unfolded is None:
             raise UsageError("gptq: hessian=bn needs the model with its batch norms, got none")

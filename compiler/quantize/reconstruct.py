@@ -68,7 +68,9 @@ class Options(TrainOptions):
     output_weight: float = Field(0.0, ge=0, description="weight of the output's KL (PD-Quant)")
     output_temperature: float = Field(4.0, gt=0)
     skip_wide: bool = Field(True, description="leave units alone that have 8 bits everywhere")
-    skip_first: bool = Field(False, description="leave the first layer rounded to nearest (BRECQ)")
+    skip_first: bool = Field(
+        False, description="learn nothing in the first unit (BRECQ: the first layer)"
+    )
     keep_best: bool = Field(True, description="per unit, what is best on held-out images")
     copies: int = Field(
         4, ge=1, description="of each calibration image to learn from: mirrored, shifted"

@@ -6,8 +6,9 @@ In: a folded graph, calibration images and a plan. Out: a `QuantState`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,9 +25,20 @@ from dfqc.compiler.contracts import (
     WeightGrid,
     silent,
 )
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.quantize._ranges import activation_qparams, collect_histograms, weight_grid
+from dfqc.compiler.quantize._norm_ranges import norm_histograms
+from dfqc.compiler.quantize._ranges import (
+    Histogram,
+    activation_qparams,
+    collect_histograms,
+    weight_grid,
+)
 from dfqc.compiler.spec import LayerPlan, Plan, Quantizer
+
+log = logging.getLogger(__name__)
+
+Acts = Literal["mse", "minmax", "percentile", "bn"]
 
 
 class Options(BaseModel):
@@ -35,7 +47,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: Literal["mse", "minmax"] = "mse"
-    acts: Literal["mse", "minmax", "percentile"] = "mse"
+    acts: Acts = Field("mse", description="ranges of activations; bn: from batch norms, no images")
     percentile: float = Field(99.99, gt=50, le=100)
     batch_size: int = Field(64, ge=1)
 
@@ -47,7 +59,7 @@ PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
 
 def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
     """Return the images that go through the network: twice for the ranges, and their counting."""
-    return 3.0 * samples
+    return 0.0 if options.acts == "bn" else 3.0 * samples
 
 
 def count_bytes(
@@ -78,11 +90,16 @@ def quantize(
         rng: unused, rounding to nearest is deterministic.
         device: where the images are run through the graph.
         progress: called per batch.
-        supplies: unused.
+        supplies: `unfolded` for `acts=bn`.
+
+    Raises:
+        UsageError: of `activation_grids`.
     """
-    del rng, supplies
+    del rng
     graph.module.to(device)
-    acts = activation_grids(graph, calib, plan, options, device=device, progress=progress)
+    acts, notes = activation_grids(
+        *(graph, calib, plan, options, supplies.unfolded), device=device, progress=progress
+    )
     weights, biases = {}, {}
     for layer in plan.layers.values():
         if layer.weight is None:
@@ -92,7 +109,7 @@ def quantize(
         weights[layer.name] = round_weight(module, layer, acts, options.weights)
         if bias is not None:
             biases[layer.name] = bias
-    return QuantState(plan, weights, biases, acts, {"quantizer": "rtn"})
+    return QuantState(plan, weights, biases, acts, {"quantizer": "rtn", **notes})
 
 
 def activation_grids(
@@ -100,17 +117,56 @@ def activation_grids(
     calib: CalibSet,
     plan: Plan,
     options: Options,
+    unfolded: Graph | None = None,
     *,
     device: torch.device,
     progress: Progress = silent,
-) -> dict[str, QParams]:
-    """Return the grid of every quantizer; tied quantizers repeat the one they are tied to."""
+) -> tuple[dict[str, QParams], dict[str, Any]]:
+    """Return the grid of every quantizer, and notes on them for the state's info.
+
+    Tied quantizers repeat the grid that they are tied to. With `acts=bn` images are for tensors
+    that no batch norm describes: `ranges_from_images` of the notes names them.
+
+    Args:
+        graph: folded graph.
+        calib: images (n, c, h, w) in normalized space.
+        plan: what each tensor gets.
+        options: range estimators.
+        unfolded: the same model with its batch norms, for `acts=bn`.
+        device: where the images are run through the graph.
+        progress: called per batch.
+
+    Raises:
+        UsageError: `acts=bn` without `unfolded`; images are needed, and there are none.
+    """
     inputs = {n.name for n in graph.module.graph.nodes if n.op == "placeholder"}
     own = [q for q in plan.quantizers.values() if q.tied is None]
     observed = sorted({q.source for q in own} - inputs)
-    hists = collect_histograms(
-        graph, observed, calib.images, batch=options.batch_size, device=device, progress=progress
-    )
+    hists: dict[str, Histogram] = {}
+    notes: dict[str, Any] = {}
+    if options.acts == "bn":
+        if unfolded is None:
+            raise UsageError(
+                "acts=bn: activation ranges need the model with its batch norms, got none; use "
+                "acts=mse, which takes them from images"
+            )
+        hists.update(norm_histograms(unfolded, graph, observed))
+        observed = [source for source in observed if source not in hists]
+        notes["ranges_from_images"] = observed
+        _warn_of(observed, len(hists))
+    if observed:
+        if not len(calib.images):
+            raise UsageError(
+                f"activation ranges of {', '.join(observed)} need images, got none; give "
+                "calibration images, or leave the layers that read them in float"
+            )
+        batch = options.batch_size
+        hists.update(
+            collect_histograms(
+                graph, observed, calib.images, batch=batch, device=device, progress=progress
+            )
+        )
+    method = "mse" if options.acts == "bn" else options.acts
     acts: dict[str, QParams] = {}
     for quantizer in plan.quantizers.values():
         if quantizer.tied is not None:
@@ -119,12 +175,20 @@ def activation_grids(
             acts[quantizer.name] = _image_grid(graph, quantizer)
         else:
             acts[quantizer.name] = activation_qparams(
-                hists[quantizer.source],
-                quantizer.scheme,
-                options.acts,
+                *(hists[quantizer.source], quantizer.scheme, method),
                 percentile=options.percentile,
             )
-    return acts
+    return acts, notes
+
+
+def _warn_of(sources: Sequence[str], known: int) -> None:
+    """Say which tensors no batch norm describes."""
+    if sources:
+        log.warning(
+            "acts=bn: no batch norm describes %d of %d tensors; their ranges come from the "
+            "images: %s",
+            *(len(sources), len(sources) + known, ", ".join(sources)),
+        )
 
 
 def round_weight(

@@ -1,9 +1,9 @@
 """SQuant: nearest codes, then flips that cancel the sum of errors in kernels and channels.
 
-In: a folded graph, calibration images (for activation ranges only) and a plan. Out: a
-`QuantState`, in milliseconds: no data and no Hessian are needed for the weights (Guo et al. 2022,
-sections 3.2 and 3.3: an expected Hessian whose off-diagonal entries are equal within a kernel,
-and within a channel, makes the sums of errors count).
+In: a folded graph, calibration images (for activation ranges only; `acts=bn` takes them from batch
+norms) and a plan. Out: a `QuantState`, in milliseconds: no data and no Hessian are needed for the
+weights (Guo et al. 2022, sections 3.2 and 3.3: an expected Hessian whose off-diagonal entries are
+equal within a kernel, and within a channel, makes the sums of errors count).
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ def quantize(
         rng: unused, nothing here is random.
         device: where the images are run through the graph.
         progress: called per batch.
-        supplies: unused.
+        supplies: `unfolded` for `acts=bn`.
+
+    Raises:
+        UsageError: of `rtn.activation_grids`.
     """
-    del rng, supplies
+    del rng
     graph.module.to(device)
-    acts = rtn.activation_grids(graph, calib, plan, options, device=device, progress=progress)
+    acts, notes = rtn.activation_grids(
+        *(graph, calib, plan, options, supplies.unfolded), device=device, progress=progress
+    )
     weights, biases = {}, {}
     for layer in plan.layers.values():
         if layer.weight is None:
@@ -73,7 +78,7 @@ def quantize(
         bias = rtn.layer_bias(module)
         if bias is not None:
             biases[layer.name] = bias
-    return QuantState(plan, weights, biases, acts, {"quantizer": "squant"})
+    return QuantState(plan, weights, biases, acts, {"quantizer": "squant", **notes})
 
 
 def _round_layer(module: nn.Module, grid: WeightGrid, axis: int) -> QTensor:

@@ -3,7 +3,8 @@
 After the idea of UDFC (Bai et al. 2023): a damaged channel is a linear combination of others, so
 what it lost is put back at the layers that read it. Layer by layer: restore what the layers before
 lost, put mean and variance of the outputs back, round, put them back again. Batch norms say what
-activations are like; images are only needed for activation grids. The formulas are our own.
+activations are like; images are only needed for activation grids, with `acts=bn` not at all. The
+formulas are our own.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Options(RestoreOptions):
     compensate: Compensation = "none"
     rounding: Literal["nearest", "squant"] = "nearest"
     weights: Literal["mse", "minmax"] = "mse"
-    acts: Literal["mse", "minmax", "percentile"] = "mse"
+    acts: rtn.Acts = "mse"
     percentile: float = 99.99
     batch_size: int = 64
 
@@ -114,22 +115,25 @@ def quantize(
 
     Args:
         graph: folded graph, pruned already if `supplies.unpruned` is given.
-        calib: images (n, c, h, w) in normalized space, for activation ranges only.
+        calib: images (n, c, h, w) in normalized space, for activation ranges only; with `acts=bn`
+            not for those either.
         plan: what each layer and tensor gets.
         options: of the closed form.
         rng: unused, nothing here is random.
         device: where the images are run; the closed form runs on the CPU.
         progress: called per batch, then per layer.
-        supplies: `unpruned`, or `unfolded` where nothing was pruned.
+        supplies: `unpruned`, or `unfolded` where nothing was pruned (and for `acts=bn`).
 
     Raises:
-        UsageError: the original does not belong to `graph`.
+        UsageError: the original does not belong to `graph`; of `rtn.activation_grids`.
     """
     del rng
     origin = _find_origin(graph, supplies)
     graph.module.to(device)
-    acts = rtn.activation_grids(
-        graph, calib, plan, options.ranges(), device=device, progress=progress
+    acts, notes = rtn.activation_grids(
+        *(graph, calib, plan, options.ranges(), supplies.unfolded),
+        device=device,
+        progress=progress,
     )
     graph.module.cpu()
     rounder = _Rounder(graph, origin, plan, options, progress)
@@ -141,7 +145,8 @@ def quantize(
         compensate=options.compensate,
     )
     folded = fold(remove(restorer.run(), origin.keep))
-    return rounder.state(folded, acts)
+    state = rounder.state(folded, acts)
+    return dataclasses.replace(state, info={**state.info, **notes})
 
 
 def _find_origin(graph: Graph, supplies: QuantizerSupplies) -> Pruned:
