@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfqc.compiler import machine
+from dfqc.compiler import machine, plugins
 from dfqc.compiler.energy import find_meter
+from dfqc.compiler.providers import HOME
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _RUNTIMES = {
@@ -68,8 +69,7 @@ def _cuda(torch: str | None) -> Ability:
 
 def _gpu_providers() -> Ability:
     """Say what `--provider` can choose: what ONNX Runtime is built with, started or not."""
-    from dfqc.backends import ort
-
+    ort = plugins.load("target", HOME)
     found = ort.providers()
     name, detail = "ONNX Runtime on a GPU (--provider)", ", ".join(found)
     if any(chain[0] in found for key, chain in ort.PROVIDERS.items() if key != ort.CPU):

@@ -10,6 +10,9 @@ from dfqc.compiler import plugins
 from dfqc.compiler.contracts import Runner
 from dfqc.compiler.errors import UsageError
 
+HOME = "ort"  # the target whose runtime has execution providers
+CPU = "cpu"  # of them, the one that kernels are known of
+
 
 class Opener(Protocol):
     """`open_runner` of a back end, with the provider chosen."""
@@ -29,8 +32,7 @@ def opener(target: str, provider: str | None) -> Opener:
     if provider is None:
         own: Opener = plugins.load("target", target).open_runner
         return own
-    from dfqc.backends import ort
-
+    ort = plugins.load("target", HOME)
     if target != ort.TARGET.name:
         raise UsageError(
             f"--provider {provider}: got a package of target '{target}', expected one of target "
@@ -40,7 +42,8 @@ def opener(target: str, provider: str | None) -> Opener:
         raise UsageError(
             f"--provider: got {provider!r}, expected one of {', '.join(ort.PROVIDERS)}"
         )
-    return functools.partial(ort.open_runner, provider=provider)
+    chosen: Opener = functools.partial(ort.open_runner, provider=provider)
+    return chosen
 
 
 def provider_of(runner: object) -> str | None:

@@ -18,14 +18,13 @@ from zipfile import BadZipFile
 import numpy as np
 import onnx
 
-from dfqc.backends import ort
 from dfqc.compiler import plugins
 from dfqc.compiler.baking import BAKED, compare_baked
 from dfqc.compiler.contracts import Runner
 from dfqc.compiler.errors import EnvironmentFault, LoadError
 from dfqc.compiler.inspection import output_step
 from dfqc.compiler.package import GOLDEN, MODEL, Package, file_faults, open_package
-from dfqc.compiler.providers import Opener, opener, provider_of
+from dfqc.compiler.providers import CPU, Opener, opener, provider_of
 
 CODE_IMAGES = 2
 # Where the inputs of a layer are equal, its own codes differ only by rounding on a boundary.
@@ -150,9 +149,7 @@ def run_verify(
     baked = _check_baked(package, golden, open_runner)
     failures = [*parity["failures"], *(baked or {}).get("failures", [])]
     ran = provider_of(runner)
-    kernels = (
-        dict(backend.executed(package.engine, golden.layers)) if ran in (None, ort.CPU) else {}
-    )
+    kernels = dict(backend.executed(package.engine, golden.layers)) if ran in (None, CPU) else {}
     return {
         "package": str(folder),
         "runtime": backend.available()[1],

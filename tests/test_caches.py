@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.quantize._caches import Budget, Cache, Spilled, fill
 
 CPU = torch.device("cpu")
@@ -52,6 +53,20 @@ def test_half_precision_takes_half():
     made = make(budget, torch.float16)
     assert budget.used == 120
     assert made.read(slice(0, 2), CPU).dtype == torch.float32
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_what_half_precision_cannot_hold_is_refused(limit):
+    rows = Cache(torch.tensor([[1.0], [65504.0], [7e4]]), Budget())
+    budget = Budget(limit)
+
+    def store(values):
+        return fill(budget, values, rows, batch=4, device=CPU, dtype=torch.float16)
+
+    with pytest.raises(UsageError, match=r"up to 7e\+04 do not fit into float16.*cache=float32"):
+        store(lambda x: x)
+    assert store(lambda x: x.clamp(max=65504)).read(slice(1, 3), CPU).max() == 65504
+    budget.close()
 
 
 def test_files_go_with_the_budget():

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dfqc.compiler.errors import UsageError
+
 
 @dataclass
 class Budget:
@@ -56,8 +58,8 @@ class Cache:
         return len(self.rows)
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store rows from `start` on."""
-        self.rows[start : start + len(values)] = values.to("cpu", self.rows.dtype)
+        """Store rows from `start` on; `UsageError` where they do not fit into float16."""
+        self.rows[start : start + len(values)] = _stored(values, self.rows.dtype)
 
     def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
         """Return some rows as float32 on `device`."""
@@ -87,10 +89,10 @@ class Spilled:
         return self.count
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store rows from `start` on."""
+        """Store rows from `start` on; `UsageError` where they do not fit into float16."""
         with self.path.open("r+b", buffering=0) as file:
             file.seek(start * self._row)
-            file.write(values.to("cpu", self.dtype).contiguous().numpy().tobytes())
+            file.write(_stored(values, self.dtype).contiguous().numpy().tobytes())
 
     def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
         """Return some rows as float32 on `device`."""
@@ -110,6 +112,17 @@ class Spilled:
     @property
     def _row(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as they are kept: float16 makes infinities of what is beyond 65,504."""
+    kept = values.to("cpu", dtype)
+    if dtype == torch.float16 and kept.isinf().any() and not values.isinf().any():
+        raise UsageError(
+            f"values up to {float(values.abs().max()):.4g} do not fit into float16 (65,504): give "
+            "cache=float32 or recompute, and leave weighting=fisher out"
+        )
+    return kept
 
 
 class Source(Protocol):
