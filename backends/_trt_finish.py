@@ -17,6 +17,7 @@ from dfqc.backends import _trt_api, _trt_inspect
 from dfqc.backends._trt_engine import build_plan, has_sparse_weights, ranges
 from dfqc.backends._trt_run import Runner, half_model
 from dfqc.compiler.bench import speedup
+from dfqc.compiler.contracts import Progress, silent
 from dfqc.compiler.errors import DfqcError
 from dfqc.compiler.finish import EngineOptions
 
@@ -33,12 +34,16 @@ def build_engine(
     options: EngineOptions,
     images: np.ndarray | None = None,
     float_model: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Build, open, inspect and time an engine; return plain data, and what `images` give.
 
     With `float_model`, engines of it in float32 and in float16 are timed beside it.
     """
     trt, driver = _trt_api.tensorrt(), _trt_api.require_driver()
+    report = progress or silent
+    steps = 2 if float_model is None else 4
+    report(0, steps, "engine")
     start = time.perf_counter()
     data = model.read_bytes()
     plan.write_bytes(build_plan(data, options))
@@ -49,10 +54,12 @@ def build_engine(
         text = runner.inspect()
         found = _trt_inspect.parse(text)
         layers = {node.name: "" for node in _layer_nodes(onnx.load_from_string(data))}
-        with _controls(float_model, options) as (controls, refused):
+        with _controls(float_model, options, report, steps) as (controls, refused):
+            report(steps - 1, steps, "timing")
             samples = {b: _turns({"engine": runner, **controls}, b) for b in options.batches}
         # The profiler comes last: it makes calls slower.
         profile = runner.layer_times(options.batches[0])
+        report(steps, steps, "timing")
     finally:
         runner.close()
     about = {
@@ -88,14 +95,16 @@ def _layer_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 @contextlib.contextmanager
 def _controls(
-    model: Path | None, options: EngineOptions
+    model: Path | None, options: EngineOptions, report: Progress, steps: int
 ) -> Iterator[tuple[Mapping[str, Runner], Mapping[str, str]]]:
     """Open the float model in float32 and float16; the second part says what TensorRT refuses."""
     opened: dict[str, Runner] = {}
     refused: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        for name, read in ((FLOAT, Path.read_bytes), (HALF, half_model)) if model else ():
+        kinds = ((FLOAT, Path.read_bytes), (HALF, half_model)) if model else ()
+        for number, (name, read) in enumerate(kinds):
             assert model is not None
+            report(1 + number, steps, f"{name} control")
             try:
                 data = build_plan(read(model), options)
                 runner = Runner(data, model, model, trusted=options.version_compatible)

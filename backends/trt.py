@@ -16,7 +16,7 @@ from dfqc.compiler.spec import TargetSpec
 if TYPE_CHECKING:
     import numpy as np
 
-    from dfqc.compiler.contracts import Lowered, QuantState, Runner
+    from dfqc.compiler.contracts import Lowered, Progress, QuantState, Runner
     from dfqc.compiler.finish import EngineOptions
     from dfqc.compiler.graph import Graph
 
@@ -130,11 +130,13 @@ def build_engine(
     options: EngineOptions,
     images: np.ndarray | None = None,
     float_model: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Build the engine of `model` into the file `plan`.
 
     Returns what is known of it, as plain data, and what it computes for `images`. Engines of
-    `float_model` in float32 and float16 are built in memory and timed beside it.
+    `float_model` in float32 and float16 are built in memory and timed beside it. `progress` is
+    called per engine that is built, and before they are timed.
 
     Raises:
         EnvironmentFault: TensorRT or a driver is missing here.
@@ -142,4 +144,4 @@ def build_engine(
     """
     from dfqc.backends import _trt_finish
 
-    return _trt_finish.build_engine(model, plan, options, images, float_model)
+    return _trt_finish.build_engine(model, plan, options, images, float_model, progress)

@@ -114,6 +114,7 @@ def engine(
 ) -> None:
     """Finish a package."""
     from dfqc.compiler.finish import describe_engine, is_too_slow, read_options, run_engine
+    from dfqc.compiler.progress import reporter
 
     options = read_options(
         batch,
@@ -125,7 +126,7 @@ def engine(
         controls=controls,
     )
     with only_results_on_stdout():
-        result = run_engine(package, options)
+        result = run_engine(package, options, reporter("engine"))
     emit(result, describe_engine(result), as_json=json)
     failed = [gate["name"] for gate in result.get("gates", ()) if not gate["passed"]]
     if result.get("build") and "parity" in failed:

@@ -38,6 +38,7 @@ from dfqc.compiler.units import parse_size
 if TYPE_CHECKING:
     import numpy as np
 
+    from dfqc.compiler.contracts import Progress
     from dfqc.compiler.verify_package import Golden
 
 Hardware = Literal["none", "ampere-plus", "same-compute"]
@@ -109,7 +110,9 @@ def read_options(
     )
 
 
-def run_engine(folder: Path, options: EngineOptions) -> dict[str, Any]:
+def run_engine(
+    folder: Path, options: EngineOptions, progress: Progress | None = None
+) -> dict[str, Any]:
     """Build the engine of a package into it, compare it with the simulation, time it.
 
     Returns the new manifest; where the engine computes something else, its gate `parity` has
@@ -140,7 +143,7 @@ def run_engine(folder: Path, options: EngineOptions) -> dict[str, Any]:
         images = None if golden is None else golden.inputs
         control = package.float_model if options.controls else None
         model = package.folder / MODEL
-        built, outputs = backend.build_engine(model, plan, options, images, control)
+        built, outputs = backend.build_engine(model, plan, options, images, control, progress)
         parity = None if golden is None else _check(package, golden, outputs)
         return write_finished(package, plan, built, parity, options.batches)
 

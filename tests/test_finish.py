@@ -163,6 +163,17 @@ def test_the_float_model_is_timed_in_both_precisions(
     assert not cuda.bindings.runtime.held
 
 
+def test_what_is_built_is_told_on_the_way(controlled, monkeypatch, tmp_path):
+    fake_trt.install(monkeypatch, fake_trt.VERSIONS[0])
+    told = []
+    options = finish.EngineOptions(cache_dir=tmp_path)
+    finish.run_engine(controlled(1e-6), options, lambda *step: told.append(step))
+    assert [note for _, _, note in told] == [
+        "engine", "float control", "fp16 control", "timing", "timing"
+    ]  # fmt: skip
+    assert [done for done, _, _ in told] == [0, 1, 2, 3, 4]
+
+
 def test_controls_can_be_left_out(controlled, monkeypatch, tmp_path):
     world = fake_trt.install(monkeypatch, fake_trt.VERSIONS[0])
     options = finish.EngineOptions(cache_dir=tmp_path, controls=False)
