@@ -20,9 +20,9 @@ def save_results(rows: list[dict[str, Any]], table: str, output: Path | None) ->
     """Write what there is so far, so that a run that is cut off leaves its rows."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".md").write_text(table, encoding="utf-8")
+        output.with_name(f"{output.name}.md").write_text(table, encoding="utf-8")
         text = json.dumps(rows, indent=1)
-        output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        output.with_name(f"{output.name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def table_line(columns: Columns, row: dict[str, Any]) -> str:

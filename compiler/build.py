@@ -55,7 +55,7 @@ def run_build(
         driver = _drive(job, store, listener)
         manifest = write_build(Build(job, driver))
     if job.backend.TARGET.engine_file and job.runtime is not None and not manifest["exit_code"]:
-        return run_engine(job.output, _engine_options(recipe))
+        return run_engine(job.output, _engine_options(recipe), listener.reporter("engine"))
     return manifest
 
 

@@ -131,8 +131,9 @@ class Placer:
     def _cover_pooled(self, source: fx.Node) -> None:
         """Quantize in front of a maximum pool, not behind it, where only integer layers read it.
 
-        Rounding keeps the order of numbers, so both give the same codes; the pool then reads bytes,
-        and what computes its input writes them (leaky ReLUs, in kernels of integers).
+        Rounding keeps the order of numbers: on one grid both give the same codes (its range is now
+        that of what the pool reads). The pool then reads bytes, and what computes its input writes
+        them (leaky ReLUs, in kernels of integers).
         """
         if source.target is not MAX_POOL or None in map(self._act_bits, source.users):
             return

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 # Flags that say how channels are chosen, and mean nothing where none go.
 _HOW = ("prune_criterion", "prune_residual", "channel_multiple")
-_OFF = ("false", "0", "no", "off", "f", "n")  # as options read them
 _AMOUNTS = "--prune, --params, --macs or --prune-layer"
 
 
@@ -144,8 +143,7 @@ def _check_joint(recipe: Recipe) -> None:
             "again: prune or make sparse, not both, or use another quantizer"
         )
     fixed = recipe.quantizer_option.get("mean_fix", recipe.restore != "none")
-    back = str(fixed).lower() not in _OFF
-    if back and recipe.bias_correction in ("analytic", "blend", "variance"):
+    if fixed and recipe.bias_correction in ("analytic", "blend", "variance"):
         raise UsageError(
             f"--bias-correction {recipe.bias_correction}: --quantizer udfc has put the mean back "
             "by the batch norms already, and it would count twice: give auto, empirical or none"

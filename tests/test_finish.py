@@ -118,6 +118,7 @@ def controlled(unfinished, tmp_path):
         opened = package.open_package(unfinished)
         gate = {"name": "min_speedup", "value": None, "limit": limit, "passed": False}
         kept = {k: v for k, v in opened.manifest.items() if k != "files"} | {"gates": [gate]}
+        kept["metrics"] = {"latency_ms": {"pruned": 2.0, "pruned_speedup": 1.3}}  # of the build
         contents = {name: unfinished / name for name in opened.manifest["files"]}
         graph, _ = files.state("w8a8")
         contents["float.onnx"] = trt.lower_float(graph)
@@ -191,6 +192,7 @@ def test_a_second_run_forgets_the_first_ones_controls(controlled, monkeypatch, t
     latency = done["metrics"]["latency_ms"]
     assert [latency[n] for n in ("float", "speedup", "half", "half_speedup")] == [None] * 4
     assert latency["engine"] > 0
+    assert (latency["pruned"], latency["pruned_speedup"]) == (None, 1.3)
     (gate,) = [g for g in done["gates"] if g["name"] == "min_speedup"]
     assert (gate["value"], gate["passed"], done["exit_code"]) == (None, False, 8)
 

@@ -73,21 +73,23 @@ def nearness(net, state, images):
     return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 
 
-# One step per weight begins with biases of its own rounding, and has less to gain.
-@pytest.mark.parametrize(("steps", "fall", "share"), [("channel", 0.8, 0.6), ("tensor", 0.95, 0.9)])
-def test_training_comes_nearer_to_the_float_network(steps, fall, share, monkeypatch):
+@pytest.mark.parametrize(("steps", "iterations"), [("channel", 80), ("tensor", 240)])
+def test_training_comes_nearer_to_the_float_network(steps, iterations, monkeypatch):
     monkeypatch.setattr(qat, "distance", lambda *_: next(falling))  # the last one is the best
     falling = iter(range(10_000, 0, -1))
     still = {"lr_bias": 0, "lr_act_scale": 0, "lr_weight_scale": 0, "lr_weights": 1e-12}
     begun = run(iterations=1, weight_steps=steps, **still)
-    state = run(iterations=80, weight_steps=steps, batch_size=16)
+    state = run(iterations=iterations, weight_steps=steps, batch_size=16)
     assert begun.info["kept"] == state.info["kept"] == "trained"
     assert state.info["learned_biases"] is True
     losses = [row["loss"] for row in state.info["trail"]]
-    assert losses[-1] < fall * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     images = quantized.calib(64).images[0::4]  # of those it learned from
-    assert nearness("residual", state, images) < share * nearness("residual", begun, images)
-    if steps == "tensor":
+    before, after = (nearness("residual", one, images) for one in (begun, state))
+    assert after < (0.6 if steps == "channel" else 1) * before
+    if steps == "tensor":  # which begins so near because its biases are of its own rounding
+        bare = dataclasses.replace(begun, biases=rounded_biases())
+        assert before < 0.2 * nearness("residual", bare, images)
         assert all(len(set(w.scale.tolist())) == 1 for w in state.weights.values())
 
 
@@ -101,13 +103,11 @@ def test_one_step_per_weight_begins_with_rounding_and_its_own_biases():
     state = run(weight_steps="tensor", iterations=1, lr_weights=0, lr_bias=0, lr_act_scale=0)
     assert state.info["start"] == "rtn"
     assert not state.info.get("learned_biases")
-    graph, calib = folded("residual"), quantized.calib(64)
-    supplies = QuantizerSupplies(unfolded=classifiers.trained("residual"), held_out=HELD_OUT)
-    bare = dataclasses.replace(state, biases=rounded_biases(graph, calib, supplies))
+    bare = dataclasses.replace(state, biases=rounded_biases())
     assert nearness("residual", state, HELD_OUT) < nearness("residual", bare, HELD_OUT)
 
 
-def rounded_biases(graph, calib, supplies):
+def rounded_biases():
     """The biases that rounding with a step per channel was corrected to."""
     return named_start(plugins.load("quantizer", "rtn"), "rtn").biases
 
