@@ -46,19 +46,20 @@ PUBLISHED = "genie-m, published"  # 20,000 iterations per unit, whatever --effor
 NOTHING = "gptq, nothing"  # no image anywhere: the biases too are corrected by batch norms alone
 _NO_IMAGES = CalibSet(torch.empty(0), None, "none")
 # label -> quantizer and its options beside those of the effort
+ALONE = {"compete": False}  # what the method learned, not what is as ready without it
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "squant": ("squant", {}),
     "gptq, no images": ("gptq", {"hessian": "bn"}),
     NOTHING: ("gptq", {"hessian": "bn", "acts": "bn"}),
     "gptq": ("gptq", {}),
-    "adaround": ("adaround", {}),
-    "brecq": ("brecq", {}),
-    "qdrop": ("qdrop", {}),
-    "genie-m": ("genie-m", {}),
+    "adaround": ("adaround", ALONE),
+    "brecq": ("brecq", ALONE),
+    "qdrop": ("qdrop", ALONE),
+    "genie-m": ("genie-m", ALONE),
     "reconstruct": ("reconstruct", {}),
     "a quarter undecided": ("reconstruct", {"undecided": 0.25}),
-    PUBLISHED: ("genie-m", {}),
+    PUBLISHED: ("genie-m", ALONE),
 }
 LEGEND = (
     "Top-1 in percent on real images, by the simulation. `agreement`: with the float network. `s`: "

@@ -110,6 +110,19 @@ def test_a_bad_method_never_ships_a_worse_model():
     assert distance("residual", state) == pytest.approx(min(scores.values()), rel=1e-4)
 
 
+def test_the_closed_form_stands_beside_what_began_with_rounding_to_nearest():
+    asked = {"start": "nearest", "iterations": 2, "tune_iterations": 0}
+    state = run("plain", "w2a4", **asked)
+    scores = state.info["heldout_distance"]
+    assert set(scores) == {"nearest", "closed", "squant", "reconstructed"}
+    assert all("closed" not in row["errors"] for row in state.info["units"])
+    assert state.info["kept"] in ("closed", "squant")  # two iterations are no match for them
+    assert distance("plain", state) == pytest.approx(min(scores.values()), rel=1e-4)
+    alone = run("plain", "w2a4", **asked, compete=False)
+    assert set(alone.info["heldout_distance"]) == {"nearest", "reconstructed"}
+    assert distance("plain", alone) > distance("plain", state)
+
+
 def test_equal_seeds_give_equal_results_and_others_do_not():
     options = {"keep_best": False}
     first = run(**options)

@@ -4,7 +4,8 @@ In: a folded graph, calibration images and a plan. Out: a `QuantState`. `adaroun
 `qdrop` and `genie-m` are settings of this loop; its own settings start from the closed form and
 need a fraction of their iterations. Per unit, what is ready (the closed form; without one, rounding
 to nearest) and what was learned are compared and the best is kept; so at the end for the network,
-where rounding to nearest and SQuant stand beside them.
+where rounding to nearest, the closed form and SQuant stand beside it: none of these settings ships
+what is farther from float, on images not learned from, than the closed form by itself.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Options(TrainOptions):
         False, description="learn nothing in the first unit (BRECQ: the first layer)"
     )
     keep_best: bool = Field(True, description="per unit, what is best on held-out images")
+    compete: bool = Field(True, description="closed form and SQuant may win in the end")
     copies: int = Field(
         4, ge=1, description="of each calibration image to learn from: mirrored, shifted"
     )
@@ -89,7 +91,8 @@ class Published(Options):
     (`--bias-correction none` leaves them); activation grids of 8 bits and more are neither learned
     nor dropped; every fourth image, or some 64 of many, is put aside and judges; and by these, the
     start is kept for a unit where learning made it no better, so that the units behind it see that
-    (`keep_best=false` leaves this out).
+    (`keep_best=false` leaves this out). In the end the closed form and SQuant, which no unit begins
+    with, stand beside what was learned, and the best is kept (`compete=false` leaves this out).
     """
 
     rounding: Literal["soft", "flex"] = "soft"
@@ -211,7 +214,7 @@ def _reconstruct(
     targets = make_targets(graph, supplies.unpruned, device)
     run = Run(
         *(graph, plan, options, learning, choosing),
-        {name: state for name, state in ready.items() if name != _FLIPPED},
+        {name: state for name, state in ready.items() if name in _begun(options)},
         *(rng.initial_seed(), device),
         targets=targets,
     )
@@ -231,6 +234,11 @@ def _reconstruct(
         info |= {"kept": kept, "heldout_distance": scores}
         info["learned_biases"] = kept in learned and options.lr_bias > 0
     return dataclasses.replace(state, info={**state.info, **info})
+
+
+def _begun(options: Options) -> tuple[str, ...]:
+    """Name the ready states that units begin with, and fall back to."""
+    return (NEAREST, CLOSED) if options.start == "closed" else (NEAREST,)
 
 
 def _check(options: Options) -> None:
@@ -263,7 +271,7 @@ def _ready(
     ranges["batch_size"] = options.pass_size
     states = {}
     for name, plugin in ((NEAREST, rtn), (CLOSED, gptq), (_FLIPPED, squant)):
-        if name != NEAREST and options.start != "closed":
+        if name not in _begun(options) and not (options.keep_best and options.compete):
             continue
         state = plugin.quantize(
             *(graph, calib, plan, plugin.Options.model_validate(ranges)),
