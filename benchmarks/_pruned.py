@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from _judge import read_set
-from _nets import Net
+from _nets import Net, write_member, zoo_of
 from torch import Tensor
 
 from dfqc.backends import ort
@@ -58,9 +58,12 @@ def open_case(net: Net, *, samples: int, effort: str, synth: str, count: int) ->
     flags = zip(net.flags[1::2], net.flags[2::2], strict=True)
     given: dict[str, Any] = {name[2:].replace("-", "_"): value for name, value in flags}
     given |= {"model": net.flags[0], "effort": effort, "samples": max(1, samples), "synth": synth}
-    job = make_job(make_recipe(given))
     last = "synthesize" if samples else "fold"
     with tempfile.TemporaryDirectory(prefix="dfqc-bench-") as scratch, open_store(scratch) as store:
+        if synth == "mixmix":
+            zoo = [write_member(other, Path(scratch)) for other in zoo_of(net)]
+            given["zoo"] = ",".join(map(str, zoo))
+        job = make_job(make_recipe(given))
         driver = make_driver(job, store, last=last)
         driver.run()
         graph = driver.value("equalize")

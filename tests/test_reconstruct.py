@@ -323,6 +323,14 @@ def test_learned_biases_tell_what_they_were_learned_from():
     assert info["before"] == {"method": "none", "variance": "keep"}
 
 
+@pytest.mark.parametrize(("net", "wider"), [("depthwise", True), ("concat", False)])
+def test_planned_memory_knows_what_a_unit_is(net, wider):
+    graph = quantized.folded(net)  # layers wider inside a block than its ends, or narrower
+    asked = [Options(unit=unit, batch_size=1) for unit in ("block", "layer")]
+    block, layer = (reconstruct.count_bytes(one, graph, 100_000, 1 << 50) for one in asked)
+    assert (layer > 1.5 * block) if wider else (layer < block / 1.5)
+
+
 def test_more_effort_is_never_less_work():
     quick, standard, most = (
         plugin_options(reconstruct, "reconstruct", effort, {})

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field
 
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.graph import Graph, blocks, node_shapes, on_device
+from dfqc.compiler.graph import Graph, blocks, layer_nodes, node_shapes, on_device
 from dfqc.compiler.judging import Copies, split_judges
 from dfqc.compiler.quantize import gptq, rtn, squant
 from dfqc.compiler.quantize._choice import correct_biases, judging_parts, keep_best, led_astray
@@ -143,11 +143,10 @@ def count_bytes(
         return max(closed, learning)
     width = 2 if options.cache == "float16" else 4
     shapes = node_shapes(graph)
-    values = [
-        2 * math.prod(shapes[block.entry]) + math.prod(shapes[block.exit])
-        for block in blocks(graph)
-    ]
-    most = max(values, default=0)
+    spans = [(block.entry, block.exit) for block in blocks(graph)]
+    if options.unit == "layer":
+        spans = [(node.all_input_nodes[0].name, node.name) for _, node in layer_nodes(graph)]
+    most = max((2 * math.prod(shapes[a]) + math.prod(shapes[b]) for a, b in spans), default=0)
     return max(
         closed, learning + min(cache_bytes(memory_bytes), width * options.copies * samples * most)
     )
