@@ -168,7 +168,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
             *(row["name"], f"{row['steps']:,}", made, f"{row['cpu_seconds']:.0f}{again}"),
             *(f"{top1['student']:.2f}", f"{top1['share']:.1f} %"),
             *(f"{agreement['evaluation']:.2f} %", f"{agreement['held_out']:.1f} %"),
-            row["stopped"],
+            row["stopped"] or "",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
