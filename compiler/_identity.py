@@ -76,6 +76,11 @@ def _identify_arch(arch: str) -> list[object]:
     if is_zoo(arch):
         return _identify_zoo(arch)
     path, factory = split_factory(arch)
+    if not path.is_file():
+        raise LoadError(
+            f"--arch {arch!r}: there is no file {path}; expected a Python file with {factory}(), "
+            "which returns the network"
+        )
     files, packages = _imports(path)
     # The file's own name does not count, that of a module beside it does: it is imported by name.
     inner = [[name, file_sha256(found)] for name, found in sorted(files.items())]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfqc.compiler.choice_text import describe_choice
 from dfqc.compiler.flags import with_recipe_flags
 from dfqc.compiler.output import Json, emit, only_results_on_stdout, table
 from dfqc.compiler.pruning_report import summarize
@@ -39,11 +40,14 @@ def register(app: typer.Typer) -> None:
 def build(flags: Mapping[str, Any], recipe: RecipeFile = None, json: Json = False) -> None:
     """Build a package."""
     from dfqc.compiler.build import run_build
+    from dfqc.compiler.job import output_folder
     from dfqc.compiler.manifest import verdict
+    from dfqc.compiler.recipe import make_recipe
 
     with only_results_on_stdout():
         manifest = run_build(flags, recipe, make_listener())
-    emit(manifest, _describe_build(manifest), as_json=json)
+    folder = output_folder(make_recipe(flags, recipe))
+    emit(manifest, [f"package    {folder}", *_describe_build(manifest)], as_json=json)
     if manifest["exit_code"]:
         # The object on stdout says it too; a second one would be no JSON.
         typer.echo(f"dfqc: the package is written, but {verdict(manifest)}", err=True)
@@ -115,6 +119,8 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
         lines.append(f"pruning    {summarize(pruning)}")
     if chosen := manifest["allocation"]:
         lines.append(f"bits       {chosen['avg_bits']:.2f} on average under {chosen['limit']}")
+    if kept := describe_choice(manifest["quantization"]):
+        lines.append(f"rounding   {kept}")
     if tuned := manifest["autotune"]:
         left = ", ".join(tuned["in_float"]) or "no layer"
         lines.append(f"autotune   {left} in float ({len(tuned['trials'])} engines tried)")
@@ -128,7 +134,8 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
         for name in ("simulated", "engine")
         if metrics["agreement"][name] is not None
     )
-    lines.append(f"as float   {shares} ({metrics['agreement']['images']} held-out images)")
+    images = metrics["agreement"]["images"]
+    lines.append(f"as float   {shares} of predictions ({images} held-out synthetic images)")
     if parity["argmax_agreement"] is not None:
         lines.append(
             f"parity     {parity['argmax_agreement']:.2f} % of predictions equal between "

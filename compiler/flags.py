@@ -74,7 +74,9 @@ FLAGS = (
         "bias_correction", str, "auto, blend, empirical, analytic, variance, none", "NAME", _QUANT
     ),
     Flag("eval_data", str, "labelled images: reports top-1", "PATH", _GATES),
-    Flag("max_drop", float, "gate: largest loss in points of top-1 (exit 5)", "PTS", _GATES),
+    Flag(
+        "max_drop", float, "gate: points of top-1 lost; without labels, of agreement", "PTS", _GATES
+    ),
     Flag("min_speedup", float, "gate: float time / engine time (exit 6)", "X", _GATES),
     Flag("require_engine", bool, "without the target's engine: exit 8", panel=_GATES),
     Flag("batch", int, "batch of the latency measurement", "N", _GATES),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dfqc.compiler.choice_text import describe_choice
 from dfqc.compiler.report import open_points
 from dfqc.compiler.units import format_size
 
@@ -203,7 +204,8 @@ print(logits.argmax(1))
 def _how_made(manifest: Mapping[str, Any]) -> list[str]:
     calib, recipe = manifest.get("calib", {}), manifest.get("recipe", {})
     quantization = manifest.get("quantization") or {}
-    kept = f", kept: {quantization['kept']}" if quantization.get("kept") else ""
+    kept = describe_choice(quantization) or quantization.get("kept")
+    kept = f", kept: {kept}" if kept else ""
     real = recipe.get("calib-data")
     data = f"images given by the user, {real}" if real else "images synthesized from it, no data"
     return [

@@ -150,7 +150,9 @@ def _cards(manifest: Mapping[str, Any]) -> str:
         drop = _difference(top1.get("float"), top1["engine"])
         cards.append(("top-1 of the engine", f"{number(top1['engine'])} % ({drop})"))
     agreement = lookup(manifest, "metrics", "agreement", "engine")
-    cards.append(("predictions as in float", with_unit(agreement, "%")))
+    images = lookup(manifest, "metrics", "agreement", "images") or "the"
+    equal = f"predictions equal to float's on {images} synthetic images"
+    cards.append((equal, with_unit(agreement, "%")))
     cards.append(("smaller than float", size_ratio(manifest, "float_bytes", "model_bytes")))
     cards.append(
         (

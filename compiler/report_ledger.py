@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfqc.compiler._html import ABSENT, Markup, bullets, lookup, number, table
+from dfqc.compiler.choice_text import describe_choice
 
 _OFTEN = 4  # layers of which the same is said
 _GOOD_DB = 40.0  # length of a full bar
@@ -40,6 +41,8 @@ def ledger_html(manifest: Mapping[str, Any]) -> str:
     if times:
         batch = next(iter(lookup(manifest, "build", "latency_ms") or {}), ABSENT)
         said.append(f"ms: profiled at batch {batch}; layers in one kernel each bear all its time.")
+    if kept := describe_choice(manifest.get("quantization") or {}):
+        said.append(f"Kept as a whole: {kept}.")
     numeric = tuple(i for i, name in enumerate(columns) if name in ("ms", "SQNR (dB)"))
     return table(list(columns), rows, numeric=numeric) + bullets(said)
 

@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+
+from dfqc.compiler._identity import model_digest
+from dfqc.compiler.choice_text import describe_choice
+from dfqc.compiler.errors import LoadError
+
+
+def test_what_was_kept_is_said_beside_what_was_not():
+    found = {"nearest": 0.4, "closed": 0.1, "reconstructed": 0.25}
+    text = describe_choice({"kept": "closed", "heldout_distance": found})
+    assert text is not None
+    kept, beside = text.split("; beside it ")
+    assert kept == "the closed form (gptq), divergence 0.1 from float on held-out images"
+    assert beside == "learned block by block 0.25, rounding to nearest 0.4"
+
+
+@pytest.mark.parametrize("about", [{}, {"kept": "closed"}, {"kept": "x", "heldout_distance": {}}])
+def test_nothing_is_said_where_there_was_no_choice(about):
+    assert describe_choice(about) is None
+
+
+def test_a_missing_factory_file_is_asked_for_as_such(tmp_path: Path):
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(b"")
+    with pytest.raises(LoadError, match=r"there is no file .*net\.py; expected a Python file"):
+        model_digest(str(weights), f"{tmp_path}/net.py:build", False, 0)
