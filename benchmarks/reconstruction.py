@@ -45,8 +45,8 @@ BITS = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
 PUBLISHED = "genie-m, published"  # 20,000 iterations per unit, whatever --effort is
 NOTHING = "gptq, nothing"  # no image anywhere: the biases too are corrected by batch norms alone
 _NO_IMAGES = CalibSet(torch.empty(0), None, "none")
+ALONE = {"compete": False}  # what the method learned, not what is ready without it
 # label -> quantizer and its options beside those of the effort
-ALONE = {"compete": False}  # what the method learned, not what is as ready without it
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "squant": ("squant", {}),

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from command import FEW, QUICK, Workspace, build, labelled_by_float, run, stored_stages
+from dfqc.compiler.choice_text import describe_choice
 from dfqc.compiler.package import file_faults, open_package
 from dfqc.compiler.pipeline import STAGES
 
@@ -76,6 +77,17 @@ def test_the_package_holds_what_the_contract_lists(shared, capsys):
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe == manifest["recipe"]
     assert (folder / "calib" / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_build_says_where_it_lies_and_which_rounding_it_kept(shared, capsys):
+    kept = describe_choice(build(capsys, shared)["quantization"])
+    folder = shared.root / "package"
+    told = run(capsys, shared, "build", *shared.weights(), *QUICK, *FEW, "-o", folder).out
+    lines = told.splitlines()  # in words, not as JSON
+    assert lines[0] == f"package    {folder}"
+    assert f"rounding   {kept}" in lines
+    assert f"Kept as a whole: {kept}." in (folder / "report.html").read_text()
+    assert f", kept: {kept}" in (folder / "MODEL_CARD.md").read_text()
 
 
 def test_the_model_says_what_it_is(shared, capsys):

@@ -89,7 +89,7 @@ def test_training_comes_nearer_to_the_float_network(steps, bits, monkeypatch):
     assert sum(losses[-half:]) < sum(losses[:half])  # at other seeds: 0.80 to 0.96 of it
     images = torch.cat([quantized.calib(64).images, HELD_OUT])
     before, after = (nearness("residual", one, images) for one in (begun, state))
-    assert after < 0.95 * before
+    assert after < 0.9 * before
     if steps == "tensor":  # which begins so near because its biases are of its own rounding
         bare = dataclasses.replace(begun, biases=rounded_biases())
         assert before < 0.2 * nearness("residual", bare, images)
@@ -286,7 +286,7 @@ def test_half_precision_trains_as_well():
     assert ends[0] != ends[1]
     half = len(ends[0]) // 2
     late = [sum(losses[-half:]) for losses in ends]
-    assert late[1] < sum(ends[1][:half])  # 0.78 to 0.87 of it, by the processor
+    assert late[1] < 0.95 * sum(ends[1][:half])  # 0.78 to 0.87 of it, by the processor
     assert late[1] == pytest.approx(late[0], rel=0.2)
 
 
