@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,6 +119,8 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
         lines.append(f"pruning    {summarize(pruning)}")
     if chosen := manifest["allocation"]:
         lines.append(f"bits       {chosen['avg_bits']:.2f} on average under {chosen['limit']}")
+    if manifest["sensitivity"]:
+        lines.append(f"sensitive  {_most_sensitive(manifest['layers'])}")
     if kept := describe_choice(manifest["quantization"]):
         lines.append(f"rounding   {kept}")
     if tuned := manifest["autotune"]:
@@ -157,6 +159,18 @@ def _describe_build(manifest: Mapping[str, Any]) -> list[str]:
         f"gate       {gate['name']}: {'passed' if gate['passed'] else 'FAILED'}"
         for gate in manifest["gates"]
     ]
+
+
+def _most_sensitive(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Name the layers whose weights, rounded alone to their bits, change the output most."""
+    alone: dict[str, float] = {}
+    for row in layers:
+        bits = row["exported"][1:].partition("a")[0]
+        found = (row["sensitivity"] or {}).get(bits, {}).get("sqnr_db")
+        if found is not None:
+            alone[f"{row['name']} (w{bits}, {found:.1f} dB)"] = found
+    most = sorted(alone, key=lambda name: alone[name])[:3]
+    return "; ".join([", ".join(most), "all in layers.csv"] if most else ["see layers.csv"])
 
 
 def _describe_plan(result: Mapping[str, Any]) -> list[str]:

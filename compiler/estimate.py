@@ -129,7 +129,7 @@ def _refit(recipe: Recipe, image: float, activations: int) -> list[Estimate]:
 
 def _allocation(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[Estimate]:
     """Every layer's tail, half the network on average, once per candidate width."""
-    if recipe.weight_limit is None:
+    if not recipe.measures_layers:
         return []
     widths = len(WIDTHS)
     count = min(recipe.samples, images_for(facts["macs"], facts["layers"], widths))

@@ -48,6 +48,7 @@ FLAGS = (
     Flag("layer", list[str], "bits of some layers (repeatable)", "GLOB=wNaM", _PLAN),
     Flag("avg_bits", float, "choose weight bits per layer: their average", "BITS", _PLAN),
     Flag("size", str, "choose weight bits per layer: size of model.onnx", "200k", _PLAN),
+    Flag("sensitivity", bool, "measure what each layer's rounding alone does", panel=_PLAN),
     Flag("trt_base", str, "TensorRT: fp32 or fp16 for what is not quantized", "TYPE", _PLAN),
     Flag("autotune", bool, "leave layers in float that are faster so, by timing", panel=_PLAN),
     Flag("prune", str, "part of the channels to remove; auto: as the limits ask", "PART", _PRUNE),

@@ -46,7 +46,15 @@ def list_layers(build: Build) -> list[dict[str, Any]]:
 def describe_allocation(build: Build) -> dict[str, Any] | None:
     """Say under what the weights' bits were chosen, and what came of it; None: they were given."""
     about = build.data("allocate", ALLOCATION)
-    return {name: value for name, value in about.items() if name != "table"} or None
+    if "limit" not in about:
+        return None
+    return {name: value for name, value in about.items() if name != "table"}
+
+
+def describe_sensitivity(build: Build) -> dict[str, Any] | None:
+    """Say on how many images the layers' `sensitivity` was measured; None: it was not."""
+    about = build.data("allocate", ALLOCATION)
+    return {"images": about["images"]} if about else None
 
 
 def describe_autotune(build: Build) -> dict[str, Any] | None:

@@ -55,6 +55,7 @@ class Recipe(BaseModel):
     layer: Rules = ()
     avg_bits: float | None = Field(None, gt=0)
     size: str | None = None
+    sensitivity: bool = False
     trt_base: Literal["fp32", "fp16"] = "fp32"
     autotune: bool = False
 
@@ -117,6 +118,11 @@ class Recipe(BaseModel):
         if self.avg_bits is not None:
             return f"--avg-bits {self.avg_bits:g}"
         return f"--size {self.size}" if self.size else None
+
+    @property
+    def measures_layers(self) -> bool:
+        """Whether what each layer's rounding alone does to the output is measured."""
+        return self.sensitivity or self.weight_limit is not None
 
     @property
     def size_bytes(self) -> int | None:
@@ -226,6 +232,11 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_weight_limit(recipe: Recipe, target: TargetSpec) -> None:
     limit, _ = recipe.weight_limit, recipe.size_bytes  # the latter is read for its faults
+    if recipe.sensitivity and recipe.asked_bits.is_float:
+        raise UsageError(
+            f"--sensitivity rounds weights, and --bits {recipe.bits} leaves them in float; give "
+            "bits such as w8a8"
+        )
     if limit is None:
         return
     if recipe.avg_bits is not None and recipe.size is not None:

@@ -68,6 +68,7 @@ def report_html(manifest: Mapping[str, Any], contact_sheet_png: bytes | None = N
         section("Layers", layers_chart(manifest.get("layers", []))),
         section("Precision ledger", ledger_html(manifest)),
         section("Weight bits under a limit", _allocation(manifest)),
+        section("Sensitivity of the layers", _sensitivity(manifest)),
         section("Layers that are faster in float", _autotuned(manifest)),
         section("Stages", show_stages(manifest.get("stages", []))),
         section("Reproduce", _command(manifest)),
@@ -225,31 +226,49 @@ def _autotuned(manifest: Mapping[str, Any]) -> str:
 
 
 def _allocation(manifest: Mapping[str, Any]) -> str:
-    about, widths = manifest.get("allocation"), _widths(manifest)
+    about = manifest.get("allocation")
     if not about:
         return ""
-    rows = [
-        [
-            layer["name"],
-            about["chosen"].get(layer["name"], "given"),
-            *(number(_alone(layer, bits), 1) for bits in widths),
-        ]
+    rows = {
+        layer["name"]: str(about["chosen"].get(layer["name"], "given"))
         for layer in manifest.get("layers", [])
-        if layer.get("sensitivity")
-    ]
-    header = ("layer", "bits", *(f"w{bits} alone (dB)" for bits in widths))
-    note = (
-        "Signal over noise of the output when the weights of this layer alone are rounded, on "
-        f"{about['images']} calibration images. Chosen by dynamic programming over the sum of the "
-        "noises." + (" The limit is more than all of them need." if about["all_widest"] else "")
-    )
+    }
+    note = "Chosen by dynamic programming over the sum of the noises."
+    if about["all_widest"]:
+        note += " The limit is more than all of them need."
     facts = {
         "limit": about["limit"],
         "average bits of the chosen layers": number(about["avg_bits"]),
         "SQNR if their effects were independent": with_unit(about["predicted_sqnr_db"], "dB"),
     }
+    return pairs(facts) + _alone_table(manifest, rows, about["images"], note)
+
+
+def _sensitivity(manifest: Mapping[str, Any]) -> str:
+    about = manifest.get("sensitivity")
+    if not about or manifest.get("allocation"):
+        return ""
+    rows = {layer["name"]: layer.get("exported", "") for layer in manifest.get("layers", [])}
+    return _alone_table(manifest, rows, about["images"])
+
+
+def _alone_table(
+    manifest: Mapping[str, Any], bits: Mapping[str, str], images: int, more: str = ""
+) -> str:
+    """What rounding the weights of every layer alone does, beside the bits that the layer has."""
+    widths = _widths(manifest)
+    rows = [
+        [layer["name"], bits[layer["name"]], *(number(_alone(layer, w), 1) for w in widths)]
+        for layer in manifest.get("layers", [])
+        if layer.get("sensitivity")
+    ]
+    note = (
+        "Signal over noise of the output when the weights of this layer alone are rounded, on "
+        f"{images} calibration images. {more}"
+    )
+    header = ("layer", "bits", *(f"w{width} alone (dB)" for width in widths))
     columns = tuple(range(1, 2 + len(widths)))
-    return pairs(facts) + table(header, rows, numeric=columns) + f"<p>{escape(note)}</p>"
+    return table(header, rows, numeric=columns) + f"<p>{escape(note.strip())}</p>"
 
 
 def _widths(manifest: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """What the stage that chooses weight bits does: plan and images in, the final plan out.
 
-Without --avg-bits and --size it hands the plan on. Both limits speak of the layers that are free:
+Without --avg-bits and --size it hands the plan on, with --sensitivity beside the table that the
+choice would be made from. Both limits speak of the layers that are free:
 quantized, no end with bits of its own, and under no --layer rule.
 """
 
@@ -45,19 +46,23 @@ def options(job: Job) -> dict[str, Any]:
     """Return what the choice depends on beside the plan."""
     saved = job.recipe.saved()
     picked = {name: saved[name] for name in ("avg-bits", "size", "ends", "layer")}
-    if job.recipe.weight_limit is None:
+    if not job.recipe.measures_layers:
         return {"avg-bits": None, "size": None}
+    if job.recipe.weight_limit is None:
+        return {"sensitivity": True, "target": dataclasses.asdict(job.backend.TARGET)}
     return {**picked, "target": dataclasses.asdict(job.backend.TARGET)}
 
 
 def allocate(context: Context) -> tuple[Plan, dict[str, Any]]:
-    """Return the final plan, and what the report says of the choice (empty without a limit)."""
+    """Return the final plan, and what the report says of layers and choice (empty: nothing)."""
     job: Job = context.settings
     base: Plan = context.value("plan")
-    if job.recipe.weight_limit is None:
+    if not job.recipe.measures_layers:
         return base, {}
     graph = context.value("fold")
     table, images = _measure(context, graph, base)
+    if job.recipe.weight_limit is None:
+        return base, {"images": images, "table": solver.table_to_json(table)}
     if job.recipe.avg_bits is not None:
         chosen, figures = _fit_average(job, graph, base, table)
     else:
@@ -138,7 +143,7 @@ def _measure(context: Context, graph: Graph, plan: Plan) -> tuple[Table, int]:
             measure(index),
             lambda value, folder: save_json(value, folder / _SUMS),
             lambda folder: load_json(folder / _SUMS),
-            without=("avg-bits", "size", "ends", "layer", "target"),
+            without=("avg-bits", "size", "ends", "layer", "target", "sensitivity"),
         )
         for index in range(len(chunks))
     ]

@@ -84,6 +84,7 @@ def test_the_facts_of_a_net(graph):
 def test_choosing_bits_costs_half_a_pass_per_layer_and_width(graph):
     assert "allocate" not in rows(graph, samples=32)
     seconds = rows(graph, samples=32, avg_bits=4.0)["allocate"].seconds
+    assert rows(graph, samples=32, sensitivity=True)["allocate"].seconds == seconds
     assert seconds == pytest.approx(32 * 7 * 5 / 2 * 0.01)
     assert rows(graph, samples=256, avg_bits=4.0)["allocate"].seconds == pytest.approx(2 * seconds)
     assert rows(graph, samples=32, size="1m")["allocate"].seconds > seconds + 4

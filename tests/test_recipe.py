@@ -105,6 +105,7 @@ def test_effort_sets_the_samples_unless_given(effort):
         ({"avg_bits": 0}, UsageError, "--avg-bits: got 0"),
         ({"avg_bits": 4, "size": "1m"}, UsageError, "--avg-bits 4 and --size 1m.*use one of them"),
         ({"avg_bits": 4, "bits": "w32a32"}, UsageError, "leaves them in float"),
+        ({"sensitivity": True, "bits": "w32a32"}, UsageError, "--sensitivity rounds weights"),
         ({"size": "tiny"}, UsageError, "--size: got 'tiny'"),
         ({"layer": ["fc"]}, UsageError, "PATTERN=wNaM"),
         ({"layer": ["re:(=w8a8"]}, UsageError, "no regular expression"),

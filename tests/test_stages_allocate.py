@@ -1,6 +1,7 @@
 """Weight bits chosen in a build: limits kept by the package, rules and ends respected, refusals."""
 
 import csv
+import json
 import re
 
 import pytest
@@ -97,6 +98,31 @@ def test_another_limit_measures_nothing_again_and_a_recipe_repeats_the_choice(sh
     assert done.code == 0, done.err
     assert done.json["files"]["model.onnx"] == manifest["files"]["model.onnx"]
     assert "allocate" in stored_stages(done.json)
+
+
+def test_the_table_alone_changes_no_plan_and_serves_a_limit_later(shared, capsys):
+    rtn = ("--quantizer", "rtn", "--bits", "w4a8")
+    without = build(capsys, shared, *rtn, output="unmeasured")
+    done = run(capsys, shared, "build", *shared.weights(), *QUICK, *rtn, "--sensitivity",
+               "-o", shared.root / "measured")  # fmt: skip
+    assert done.code == 0, done.err
+    folder = shared.root / "measured"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["allocation"], manifest["sensitivity"]) == (None, {"images": 8})
+    assert without["sensitivity"] is None
+    assert bits_of(manifest) == bits_of(without)
+    alone = {row["name"]: row["sensitivity"] for row in manifest["layers"]}
+    assert [list(row) for row in alone.values()] == [["2", "3", "4", "6", "8"]] * len(alone)
+    bits = bits_of(manifest)
+    worst = min(alone, key=lambda name: alone[name][str(bits[name])]["sqnr_db"])
+    assert f"sensitive  {worst} (w{bits[worst]}, " in done.out
+    assert "Sensitivity of the layers" in (folder / "report.html").read_text()
+    rows = list(csv.DictReader((folder / "layers.csv").read_text().splitlines()))
+    assert float(rows[0]["w4_alone_db"]) == pytest.approx(alone[rows[0]["name"]]["4"]["sqnr_db"])
+    # What was measured serves a limit later.
+    limited = build(capsys, shared, *rtn, "--avg-bits", "3.2", output="limited")
+    assert {row["name"]: row["sensitivity"] for row in limited["layers"]} == alone
+    assert limited["sensitivity"] == {"images": 8}
 
 
 def test_plan_says_that_bits_are_chosen_later(shared, capsys):
