@@ -9,6 +9,7 @@ synthetic calibration images (zeroq), noise, and real images as the ceiling.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--real-images", type=int, default=256)
     parser.add_argument("--effort", default="quick", choices=("quick", "standard", "max"))
     parser.add_argument("--quick", action="store_true", help="ResNet-20 at w8a8 and w4a8 only")
+    parser.add_argument("--avg-bits", nargs="+", default=[""], help="a row each; '': none")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="more build flags")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
@@ -65,8 +67,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dfqc-bench-") as scratch:
         for net in list_nets(options.nets):
             for source in options.sources:
-                for bits in options.bits:
-                    rows.append(measure(net, bits, source, options, Path(scratch)))
+                for bits, average in itertools.product(options.bits, options.avg_bits):
+                    rows.append(measure(net, bits, source, options, Path(scratch), average))
                     print(table_line(COLUMNS, rows[-1]), flush=True)
     table = render(rows, " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]))
     write_results(rows, table, options.output)
@@ -74,7 +76,12 @@ def main() -> int:
 
 
 def measure(
-    net: Net, bits: str, source: str, options: argparse.Namespace, scratch: Path
+    net: Net,
+    bits: str,
+    source: str,
+    options: argparse.Namespace,
+    scratch: Path,
+    average: str = "",
 ) -> dict[str, Any]:
     """Build once, cold for what differs from the last row, and return the row."""
     flags = ["--calib-data", str(net.real), "--samples", str(options.real_images)]
@@ -84,6 +91,7 @@ def measure(
         *(sys.executable, "-P", "-m", "dfqc.compiler", "build", *net.flags, "--bits", bits),
         *(*flags, "--effort", options.effort, "--eval-data", str(net.test), "--seed", "0"),
         *("--cache-dir", str(scratch / "cache"), "-o", str(scratch / "package"), "--json"),
+        *(("--avg-bits", average) if average else ()),
         *options.extra,
     ]
     start = time.time()
@@ -96,7 +104,7 @@ def measure(
     kernels = [row["executed"] for row in manifest["layers"] if row["op"] == "Conv2d"]
     return {
         "net": net.name,
-        "bits": bits,
+        "bits": f"{bits}, {average} on average" if average else bits,
         "calibration": source + (" (in sample)" if source == "real" and net.in_sample else ""),
         "images": metrics["top1"]["images"],
         "float": metrics["top1"]["float"],
