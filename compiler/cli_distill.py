@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dfqc.compiler.cli_build import make_listener
-from dfqc.compiler.flags import with_recipe_flags
+from dfqc.compiler.flags import DEFAULTS, with_recipe_flags
 from dfqc.compiler.output import Json, emit, only_results_on_stdout
 from dfqc.compiler.units import format_duration
 
@@ -61,7 +61,7 @@ Output = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command("distill", help="Train a smaller network to answer as a model does, without data.")(
-        with_recipe_flags(distill, _FLAGS)
+        with_recipe_flags(distill, _FLAGS, DEFAULTS | {"samples": "256, 1024, 4096 by --effort"})
     )
 
 

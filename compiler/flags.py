@@ -6,7 +6,7 @@ Light on imports: `dfqc --help` reads this file and not the recipe's validation.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -91,15 +91,41 @@ FLAGS = (
     Flag("output", str, "folder of the package", "DIR", _RUN, ("-o",)),
 )
 
+# What holds without the flag, for the help pages: these are the recipe's own defaults, as a test
+# checks, which reading the recipe would cost half a second.
+DEFAULTS = {
+    "target": "ort",
+    "bits": "w8a8",
+    "ends": "w8a8; weight-only: w8a16",
+    "trt_base": "fp32",
+    "prune_by": "uniform",
+    "prune_criterion": "auto",
+    "channel_multiple": "1",
+    "restore": "patches",
+    "refit": "auto",
+    "effort": "standard",
+    "synth": "zeroq",
+    "samples": "64, 256, 1024 by --effort",
+    "equalize": "none",
+    "quantizer": "reconstruct",
+    "bias_correction": "auto",
+    "batch": "1",
+    "threads": "all cores",
+    "seed": "0",
+    "device": "cpu",
+}
+
 
 def with_recipe_flags(
-    command: Callable[..., None], only: Collection[str] | None = None
+    command: Callable[..., None],
+    only: Collection[str] | None = None,
+    defaults: Mapping[str, str] = DEFAULTS,
 ) -> Callable[..., None]:
     """Give a command the model argument and every recipe flag, in front of its own parameters.
 
     The command takes them as one dictionary, `flags`; flags that were not given are None. `only`
     names the recipe keys it takes, None for all; an alias that is a parameter of its own is left
-    out.
+    out. `defaults` are what the help says of them.
     """
     own = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -113,7 +139,8 @@ def with_recipe_flags(
 
     taken = {f"--{p.name.replace('_', '-')}" for p in own}
     flags = [flag for flag in FLAGS if only is None or flag.name in only]
-    shared = [_model_argument(), *(_parameter(flag, taken) for flag in flags)]
+    shared = [_parameter(flag, taken, defaults.get(flag.name)) for flag in flags]
+    shared = [_model_argument(), *shared]
     run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
     run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -127,11 +154,12 @@ def _model_argument() -> inspect.Parameter:
     return _keyword("model", Annotated[str | None, info])
 
 
-def _parameter(flag: Flag, taken: Collection[str]) -> inspect.Parameter:
+def _parameter(flag: Flag, taken: Collection[str], default: str | None) -> inspect.Parameter:
     name = flag.name.replace("_", "-")
     aliases = [alias for alias in flag.short if alias not in taken]
     names = [f"--{name}/--no-{name}" if flag.name == "pretrained" else f"--{name}", *aliases]
-    info = typer.Option(*names, help=flag.help, metavar=flag.metavar, rich_help_panel=flag.panel)
+    told = f"{flag.help} [default: {default}]" if default else flag.help
+    info = typer.Option(*names, help=told, metavar=flag.metavar, rich_help_panel=flag.panel)
     return _keyword(flag.name, Annotated[flag.kind | None, info])
 
 

@@ -14,6 +14,7 @@ import torch
 
 import models
 from command import ARCHITECTURES, Workspace, labelled_by_float, run
+from dfqc.compiler.distill_options import IMAGES
 from dfqc.compiler.loading import load_model
 
 STUDENT = f"{ARCHITECTURES}:{models.TINY['residual'].__name__}"
@@ -34,6 +35,11 @@ def distill(capsys, workspace, *more, code=0, **kind):
     done = run(capsys, workspace, *arguments(workspace, *more, "-o", file, "--json", **kind))
     assert done.code == code, done.err
     return done.json
+
+
+def test_the_help_states_how_many_images_a_training_gets(capsys, workspace):
+    page = " ".join(run(capsys, workspace, "distill", "--help").out.split())
+    assert f"[default: {', '.join(map(str, IMAGES.values()))} by --effort]" in page
 
 
 def refuse(capsys, workspace, code, *more, **kind):

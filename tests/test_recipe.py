@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from dfqc.compiler.errors import DfqcError, UnsupportedError, UsageError
-from dfqc.compiler.flags import FLAGS, with_recipe_flags
+from dfqc.compiler.flags import DEFAULTS, FLAGS, with_recipe_flags
 from dfqc.compiler.recipe import SAMPLES, Recipe, make_recipe
-from dfqc.compiler.spec import Bits
+from dfqc.compiler.spec import Bits, default_ends, parse_bits
 
 
 def write(tmp_path, text):
@@ -17,6 +17,17 @@ def write(tmp_path, text):
 
 def test_flags_are_the_recipe_keys():
     assert {flag.name for flag in FLAGS} | {"model"} == set(Recipe.model_fields)
+
+
+def test_the_help_states_the_defaults_of_the_recipe():
+    told = {
+        name: str(field.default)
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.default, str | int) and not isinstance(field.default, bool)
+    }
+    told["ends"] += f"; weight-only: {default_ends(parse_bits('w4a16'))}"
+    told["samples"] = ", ".join(map(str, SAMPLES.values())) + " by --effort"
+    assert told | {"threads": "all cores"} == DEFAULTS
 
 
 def test_a_command_gets_every_flag_and_hands_them_on_as_one_dictionary():
