@@ -98,7 +98,10 @@ def compare(numpy, outputs, expected, limits):
         clear = ordered[:, -1] - ordered[:, -2] > limits["margin"]
     equal = outputs.argmax(1)[clear] == expected.argmax(1)[clear]
     percent = 100.0 * float(equal.mean()) if len(equal) else 100.0
-    print(f"arg-max  equal on {percent:.2f} % of {len(equal)} untied images of {len(expected)}")
+    ties = len(expected) - len(equal)
+    print(f"arg-max  equal on {percent:.2f} % of {len(equal)} images")
+    if ties:
+        print(f"         {ties} more not judged: their best two outputs differ by rounding alone")
     if percent < limits["agreement"]:
         stop(7, f"arg-max equal on {percent:.2f} %, expected {limits['agreement']:g} %")
 

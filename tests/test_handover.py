@@ -77,6 +77,24 @@ def test_the_selftest_passes_with_numpy_and_onnxruntime_alone(package, tmp_path)
     assert "'dfqc'" in (tmp_path / "site" / "sitecustomize.py").read_text()
 
 
+def test_the_selftest_says_how_many_images_are_ties(package, tmp_path):
+    said = re.search(r"arg-max  equal on 100.00 % of (\d+) images\n( +\d+ more)?",
+                     selftest(package, tmp_path).stdout)  # fmt: skip
+    outputs = np.load(package / "golden.npz")["outputs"]
+    best = np.sort(outputs, axis=1)
+    manifest = manifest_of(package)
+    gaps = np.sort(best[:, -1] - best[:, -2])
+    clear = gaps > manifest["golden"]["margin"]
+    assert said
+    assert int(said[1]) == clear.sum()
+    assert (said[2] is None) == clear.all()
+    manifest["golden"]["margin"] = float(gaps[2])
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    reseal(package, "manifest.json")
+    out = selftest(package, tmp_path).stdout
+    assert f"of {len(gaps) - 3} images\n         3 more not judged: " in out
+
+
 def test_the_selftest_needs_no_engine_at_build_time(package, tmp_path):
     manifest = manifest_of(package)
     manifest["preprocessing"]["baked"] |= {"max_abs": None, "tolerance": None, "passed": None}
