@@ -5,6 +5,7 @@ import torch
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import WeightGrid
 from dfqc.compiler.quantize._columns import (
+    descend,
     factorize,
     output_errors,
     refit_scales,
@@ -153,6 +154,55 @@ def test_refitted_scales_are_least_squares(groups):
         np.testing.assert_allclose(fitted.scale[channel], expected[0], rtol=1e-5)
     before, after = (output_errors(rows, codes, hessian, g) for g in (grid, fitted))
     assert (after <= before * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("scheme", [SYMMETRIC, SHIFTED], ids=["symmetric", "shifted"])
+@pytest.mark.parametrize("block", [1, 4, 128])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_descended_codes_are_each_the_best_for_the_others(scheme, block, groups):
+    rows, hessian, grid = problem(dim=9, groups=groups, scheme=scheme, seed=3)
+    start = affine.round_to_grid(rows, grid, 0).codes
+    zero = torch.zeros_like(start, dtype=torch.bool)
+    zero[1, 4] = zero[2, 0] = True
+    start = start.masked_fill(zero, 0)
+    found = descend(rows, start, hessian, grid, sweeps=50, block=block, zero=zero)
+    assert found.dtype == torch.int8
+    assert (found[zero] == 0).all()
+    low, high = grid.low[:, None], grid.low[:, None] + grid.levels - 1
+    assert ((found >= low) & (found <= high)).all()
+    error = output_errors(rows, found, hessian, grid)
+    begun = output_errors(rows, start, hessian, grid)
+    assert (error <= begun).all()
+    assert error.sum() < 0.9 * begun.sum()
+    for column in range(rows.shape[1]):
+        for code in range(int(low.min()), int(high.max()) + 1):
+            allowed = (low[:, 0] <= code) & (code <= high[:, 0]) & ~zero[:, column]
+            tried = found.clone()
+            tried[allowed, column] = code
+            assert (output_errors(rows, tried, hessian, grid) >= error - 1e-9).all()
+
+
+def test_one_sweep_goes_down_and_blocks_change_nothing():
+    rows, hessian, grid = problem(channels=16, dim=40, seed=4)
+    start = round_columns(rows, hessian, grid)
+    once, more = (descend(rows, start, hessian, grid, sweeps=n) for n in (1, 3))
+    errors = [output_errors(rows, codes, hessian, grid) for codes in (start, once, more)]
+    assert (errors[1] <= errors[0]).all()
+    assert (errors[2] <= errors[1]).all()
+    assert errors[2].sum() < errors[0].sum()
+    for block in (1, 7, 40):
+        blocked = descend(rows, start, hessian, grid, sweeps=3, block=block)
+        assert torch.equal(blocked, more)
+
+
+def test_columns_without_inputs_keep_their_codes():
+    rows, hessian, grid = problem()
+    hessian[:, [2, 7]] = 0
+    hessian[:, :, [2, 7]] = 0
+    start = affine.round_to_grid(rows, grid, 0).codes
+    found = descend(rows, start, hessian, grid, sweeps=3)
+    assert torch.equal(found[:, [2, 7]], start[:, [2, 7]])
+    assert not torch.equal(found, start)
 
 
 def test_scales_that_cannot_be_fitted_stay():

@@ -10,6 +10,7 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import copy_graph, layer_nodes
 from dfqc.compiler.moments import folded_moments
 from dfqc.compiler.quantize import gptq, rtn
+from dfqc.compiler.quantize._columns import factorize, output_errors
 from dfqc.compiler.quantize._hessian import hessian_bytes, measure_moments
 from dfqc.compiler.simulate import simulated
 
@@ -109,7 +110,10 @@ def layer_problem(seed=0):
     return conv, x
 
 
-@pytest.mark.parametrize("options", [{}, {"refits": 2}], ids=str)
+PLAIN = {"search": False, "sweeps": 0}
+
+
+@pytest.mark.parametrize("options", [PLAIN, PLAIN | {"refits": 2}, {}], ids=str)
 def test_every_channel_is_at_least_as_good_as_nearest(options):
     conv, x = layer_problem()
     moments = measure_moments(conv, [x], limit=10**6)
@@ -126,8 +130,50 @@ def test_every_channel_is_at_least_as_good_as_nearest(options):
     )
     assert (found <= plain * (1 + 1e-6)).all()
     assert found.sum() < 0.7 * plain.sum()
-    if chosen.refits == 0:
+    if options == PLAIN:
         assert torch.equal(refitted.scale, grid.scale)
+
+
+def layer_grids(bits):
+    """A layer's weights, its moments and grid, and the error of what `round_weight` finds."""
+    conv, x = layer_problem()
+    moments = measure_moments(conv, [x], limit=10**6)
+    rows = conv.weight.detach().flatten(1)
+    scheme = quantized.plan(quantized.folded("plain"), f"w{bits}a8").layers["body.0"].weight
+    grid = rtn.weight_grid(rows, scheme, "mse")
+
+    def errors(least=None, **options):
+        chosen = gptq.Options(**options)
+        codes, found = gptq.round_weight(rows, moments, grid, least, chosen)
+        damped = factorize(moments.quantized, chosen.damping, chosen.order).hessian
+        return output_errors(rows, codes, damped, found), found
+
+    return grid, errors
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_search_and_descent_each_lower_the_error_of_the_output(bits):
+    grid, errors = layer_grids(bits)
+    plain, _ = errors(**PLAIN)
+    searched, scales = errors(sweeps=0)
+    descended, kept = errors(search=False)
+    both, _ = errors()
+    for found, share in ((searched, 0.98), (descended, 1.0)):
+        assert (found <= plain).all()
+        assert found.sum() < share * plain.sum()
+    assert (both <= searched).all()
+    assert torch.equal(kept.scale, grid.scale)
+    assert not torch.equal(scales.scale, grid.scale)
+    held, bounded = errors(least=grid.scale)
+    assert (bounded.scale >= grid.scale).all()
+    assert (held <= plain).all()
+
+
+def test_eight_bits_are_enough_as_they_are():
+    grid, errors = layer_grids(8)
+    found, scales = errors()
+    assert torch.equal(found, errors(**PLAIN)[0])
+    assert torch.equal(scales.scale, grid.scale)
 
 
 def test_refits_respect_the_smallest_scale():

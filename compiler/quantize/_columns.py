@@ -4,7 +4,8 @@ The columns of a weight are rounded one after the other, and what is still to be
 the error made so far (OBQ, Frantar and Alistarh 2022; in a fixed order GPTQ, Frantar et al.
 2023). With H = R R^T, R upper triangular, the error is (w - q) H (w - q)^T = |R^T (w - q)|^2, so
 column i is best rounded from w_i + sum_{j<i} R_ji (w_j - q_j) / R_ii: the same numbers as
-GPTQ's, without an inverse.
+GPTQ's, without an inverse. What one pass in one order has left is then improved code by code
+(cyclic coordinate descent, Behdin et al., QuantEase, 2023).
 """
 
 from __future__ import annotations
@@ -125,6 +126,60 @@ def round_factored(
             error[:, :, i] = wanted[:, :, i] - chosen * scale
     result = torch.empty_like(codes).scatter_(2, order, codes)
     return result.view_as(rows).to(torch.int8)
+
+
+def descend(
+    rows: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    grid: WeightGrid,
+    *,
+    sweeps: int,
+    block: int = 128,
+    zero: Tensor | None = None,
+) -> Tensor:
+    """Return codes (channels, dim) int8 with no larger error, each the best for all the others.
+
+    With e = w - q and g = e H, column i is best rounded from q_i + g_i / H_ii (QuantEase, section
+    3); as in `round_factored`, columns beyond a block learn of its changes by one product.
+
+    Args:
+        rows: (channels, dim) weights.
+        codes: (channels, dim), rounded on `grid`.
+        hessian: damped, (groups, dim, dim).
+        grid: one per channel.
+        sweeps: most passes through the columns; it ends where none changes a code.
+        block: columns whose changes are applied one by one.
+        zero: (channels, dim), True where the code must be 0.
+    """
+    found = codes.double().view(len(hessian), -1, codes.shape[1])
+    dim = found.shape[2]
+    held = None if zero is None else zero.view_as(found)
+    scale, low = (v.to(found).view(len(hessian), -1) for v in (grid.scale, grid.low))
+    error = rows.double().view_as(found) - found * scale[:, :, None]
+    # Where nothing comes in, the gradient is 0 as well, and the code stays.
+    diagonal = hessian.diagonal(dim1=1, dim2=2).clamp_min(1e-300)
+    for _ in range(sweeps):
+        before, gradient = found.clone(), error @ hessian
+        for start in range(0, dim, block):
+            stop = min(start + block, dim)
+            own = gradient[:, :, start:stop]
+            inner = hessian[:, start:stop, start:stop]
+            change = torch.zeros_like(own)
+            for i in range(stop - start):
+                old = found[:, :, start + i].clone()
+                target = old * scale + own[:, :, i] / diagonal[:, None, start + i]
+                chosen = affine.nearest_codes(target, scale, low, grid.levels)
+                if held is not None:
+                    chosen = chosen.masked_fill(held[:, :, start + i], 0)
+                change[:, :, i] = (old - chosen) * scale
+                own += change[:, :, i, None] * inner[:, None, i]
+                found[:, :, start + i] = chosen
+            gradient[:, :, stop:] += change @ hessian[:, start:stop, stop:]
+            error[:, :, start:stop] += change
+        if torch.equal(found, before):
+            break
+    return found.view_as(codes).to(torch.int8)
 
 
 def refit_scales(

@@ -1,0 +1,109 @@
+"""The codes of one layer, channel by channel the best of several: weights and moments in.
+
+Tried are ranges around the one that loses least of the weights, each with the errors of earlier
+columns compensated; what is best of them is improved code by code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dfqc.compiler import affine
+from dfqc.compiler.contracts import WeightGrid
+from dfqc.compiler.quantize._columns import (
+    Order,
+    descend,
+    factorize,
+    output_errors,
+    refit_scales,
+    round_factored,
+    shift_target,
+)
+from dfqc.compiler.quantize._hessian import SecondMoments
+
+_RATIOS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)  # tried of a channel's scale
+_PLENTY = 255  # levels that are enough as they are
+
+
+class Rounding(Protocol):
+    """The options of `gptq` that say how columns are rounded."""
+
+    @property
+    def damping(self) -> float: ...
+    @property
+    def shift_damping(self) -> float: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def order(self) -> Order: ...
+    @property
+    def refits(self) -> int: ...
+    @property
+    def search(self) -> bool: ...
+    @property
+    def sweeps(self) -> int: ...
+
+
+def round_weight(
+    rows: Tensor, moments: SecondMoments, grid: WeightGrid, least: Tensor | None, options: Rounding
+) -> tuple[Tensor, WeightGrid]:
+    """Return codes (channels, dim) int8 and their grid, channel by channel the best tried.
+
+    Tried are the nearest codes, the compensated ones, those on refitted and, below 8 bits, on other
+    scales; what is best of them descends code by code.
+
+    Args:
+        rows: (channels, dim) float weights; those that are exactly zero (pruned) stay zero.
+        moments: of the input.
+        grid: to round on.
+        least: smallest scale per channel.
+        options: damping, order, search and the like.
+    """
+    grid = dataclasses.replace(grid, scale=grid.scale.to(rows), low=grid.low.to(rows))
+    least = None if least is None else least.to(rows)
+    zero = rows == 0
+    factor = factorize(moments.quantized, options.damping, options.order)
+    target = rows
+    if moments.cross is not None:
+        drawn = factorize(moments.quantized, options.shift_damping, options.order)
+        target = shift_target(rows, drawn, moments.cross, moments.quantized)
+    best, chosen = affine.round_to_grid(target, grid, 0).codes.masked_fill(zero, 0), grid
+    error = output_errors(target, best, factor.hessian, grid)
+
+    def keep_better(codes: Tensor, trial: WeightGrid) -> None:
+        nonlocal best, chosen, error
+        found = output_errors(target, codes, factor.hessian, trial)
+        better = found < error
+        best = torch.where(better[:, None], codes, best)
+        chosen = dataclasses.replace(grid, scale=torch.where(better, trial.scale, chosen.scale))
+        error = torch.where(better, found, error)
+
+    def compensated(trial: WeightGrid) -> Tensor:
+        return round_factored(target, factor, trial, block=options.block_size, zero=zero)
+
+    keep_better(compensated(grid), grid)
+    for _ in range(options.refits):
+        trial = refit_scales(target, best, factor.hessian, chosen, least)
+        keep_better(best, trial)
+        keep_better(compensated(trial), trial)
+    if grid.levels >= _PLENTY:
+        return best, chosen
+    for ratio in _RATIOS if options.search else ():
+        scale = grid.scale * ratio
+        trial = dataclasses.replace(
+            grid, scale=scale if least is None else torch.maximum(scale, least)
+        )
+        keep_better(compensated(trial), trial)
+    if options.sweeps:
+        lower = descend(
+            *(target, best, factor.hessian, chosen),
+            sweeps=options.sweeps,
+            block=options.block_size,
+            zero=zero,
+        )
+        keep_better(lower, chosen)
+    return best, chosen
