@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -79,7 +81,9 @@ def test_bn_needs_the_unfolded_graph():
 
 
 @pytest.mark.parametrize(
-    "unused", [{"asymmetric": False}, {"shift_damping": 0.1}, {"images": 256}], ids=str
+    "unused",
+    [{"asymmetric": False}, {"shift_damping": 0.1}, {"images": 256}, {"norms": 0.5}],
+    ids=str,
 )
 def test_bn_refuses_what_it_would_not_use(unused):
     graph, (name,) = quantized.folded("residual"), unused
@@ -100,6 +104,43 @@ def test_layers_that_no_norm_describes_are_named(caplog):
     assert record.levelname == "WARNING"
     told = f"{len(named)} of {len(state.weights)} layers rounded to nearest: {', '.join(named)}"
     assert told in record.getMessage()
+
+
+@pytest.mark.parametrize(("source", "share", "used"), [
+    ("genie", 0.25, True), ("genie", 0, False), ("images/real.npz", 0.25, False),
+])  # fmt: skip
+def test_batch_norms_give_their_share_of_the_hessian_of_synthetic_images(
+    monkeypatch, source, share, used
+):
+    graph, unfolded = quantized.folded("plain"), quantized.traced("plain")
+    plan, calib = quantized.plan(graph, "w3a8"), quantized.calib(16)
+    known, seen = folded_moments(unfolded, graph), {}
+    whole = gptq.blend_moments
+
+    def blend(measured, derived, part):
+        mixed = whole(measured, derived, part)
+        seen[len(seen)] = (measured, derived, part, mixed)
+        return mixed
+
+    monkeypatch.setattr(gptq, "blend_moments", blend)
+
+    def codes(**options):
+        state = gptq.quantize(
+            graph, dataclasses.replace(calib, source=source), plan, gptq.Options(**options),
+            rng=torch.Generator(), device=CPU, supplies=QuantizerSupplies(unfolded=unfolded),
+        )  # fmt: skip
+        return {name: weight.codes for name, weight in state.weights.items()}
+
+    found, without = codes(norms=share), codes(norms=0)
+    assert len(seen) == (len(known) if used else 0)
+    assert used != all(torch.equal(found[name], without[name]) for name in found)
+    for measured, derived, part, mixed in seen.values():
+        assert part == share
+        expected = (1 - part) * measured.quantized + part * derived.quantized
+        torch.testing.assert_close(mixed.quantized, expected)
+        difference = (1 - part) * (measured.cross - measured.quantized)
+        torch.testing.assert_close(mixed.cross - mixed.quantized, difference)
+        assert mixed.quantized_mean is measured.quantized_mean
 
 
 def layer_problem(seed=0):

@@ -8,6 +8,7 @@ are in natural images.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from dfqc.compiler.moments import Moments
 
 CORRELATION = 0.6  # of neighboring positions in one channel
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples fill [0, 1) evenly
-HESSIAN_BYTES = 8 << 30  # of a layer's, where nobody set a limit: up to 10,000 weights per channel
-_MATRICES = 9  # float64 of the Hessian's size, at once: moments, factors and what they are made of
+HESSIAN_BYTES = 8 << 30  # of a layer's, where nobody set a limit: up to 9,400 weights per channel
+_MATRICES = 12  # float64 of the Hessian's size, at once: moments, factors and what they are made of
 _GATHER_BYTES = 1 << 26  # patches are held this many bytes at a time
 
 
@@ -92,6 +93,17 @@ def derive_moments(module: nn.Conv2d | nn.Linear, moments: Moments, *, limit: in
     spread = measure_moments(module, [moments.var.sqrt()], limit=limit)
     related = spread.quantized * _correlations(module).to(spread.quantized.device)
     return SecondMoments(exact.quantized + related, None, exact.quantized_mean, None)
+
+
+def blend_moments(measured: SecondMoments, derived: SecondMoments, share: float) -> SecondMoments:
+    """Return measured second moments, a share of them taken from derived ones.
+
+    What layers before changed is measured alone: the cross moments move with the others, so that
+    their difference is (1 - share) of the measured one. The means stay those measured.
+    """
+    both = [measured.quantized] + ([] if measured.cross is None else [measured.cross])
+    quantized, *cross = [torch.lerp(m, derived.quantized.to(m), share) for m in both]
+    return dataclasses.replace(measured, quantized=quantized, cross=cross[0] if cross else None)
 
 
 def group_shape(module: nn.Conv2d | nn.Linear) -> tuple[int, int]:
