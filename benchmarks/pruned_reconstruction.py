@@ -103,7 +103,11 @@ def quantize(
     plan = make_plan(folded, target, bits, [], ends=default_ends(bits))
     plugin = plugins.load("quantizer", options.quantizer)
     state = plugin.quantize(
-        *(folded, CalibSet(case.images[source], None, source), plan),
+        *(
+            folded,
+            CalibSet(case.images[source], None, "images/real" if source == "real" else source),
+            plan,
+        ),
         plugin_options(plugin, options.quantizer, options.effort, {}),
         rng=torch.Generator().manual_seed(0),
         device=CPU,

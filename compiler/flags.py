@@ -96,7 +96,7 @@ FLAGS = (
 DEFAULTS = {
     "target": "ort",
     "bits": "w8a8",
-    "ends": "w8a8; weight-only: w8a16",
+    "ends": "w8a8; weight-only: w8a16, w8a32",
     "trt_base": "fp32",
     "prune_by": "uniform",
     "prune_criterion": "auto",

@@ -25,7 +25,9 @@ def test_the_help_states_the_defaults_of_the_recipe():
         for name, field in Recipe.model_fields.items()
         if isinstance(field.default, str | int) and not isinstance(field.default, bool)
     }
-    told["ends"] += f"; weight-only: {default_ends(parse_bits('w4a16'))}"
+    told["ends"] += (
+        f"; weight-only: {', '.join(f'{default_ends(parse_bits(b))}' for b in ('w4a16', 'w4a32'))}"
+    )
     told["samples"] = ", ".join(map(str, SAMPLES.values())) + " by --effort"
     assert told | {"threads": "all cores"} == DEFAULTS
 
