@@ -22,7 +22,7 @@ from _pruned import Case, choose_channels, kept_rows, open_case
 from _tables import write_results
 
 from dfqc.compiler import plugins
-from dfqc.compiler.contracts import CalibSet, Pruned, QuantizerSupplies
+from dfqc.compiler.contracts import GIVEN, CalibSet, Pruned, QuantizerSupplies
 from dfqc.compiler.graph import Graph
 from dfqc.compiler.judging import augmented
 from dfqc.compiler.options import plugin_options
@@ -102,12 +102,9 @@ def quantize(
     target = plugins.load("target", "ort").TARGET
     plan = make_plan(folded, target, bits, [], ends=default_ends(bits))
     plugin = plugins.load("quantizer", options.quantizer)
+    name = GIVEN + source if source == "real" else source
     state = plugin.quantize(
-        *(
-            folded,
-            CalibSet(case.images[source], None, "images/real" if source == "real" else source),
-            plan,
-        ),
+        *(folded, CalibSet(case.images[source], None, name), plan),
         plugin_options(plugin, options.quantizer, options.effort, {}),
         rng=torch.Generator().manual_seed(0),
         device=CPU,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from dfqc.compiler.contracts import CalibSet, Progress, Supplies, silent
+from dfqc.compiler.contracts import GIVEN, CalibSet, Progress, Supplies, silent
 from dfqc.compiler.dataset import open_dataset
 from dfqc.compiler.errors import LoadError
 from dfqc.compiler.graph import Graph
@@ -74,4 +74,4 @@ def synthesize(
         done += len(batch)
         progress(done, count, dataset.source)
     info = {"available": len(dataset)}
-    return CalibSet(images, labels if dataset.labeled else None, f"images/{dataset.source}", info)
+    return CalibSet(images, labels if dataset.labeled else None, GIVEN + dataset.source, info)

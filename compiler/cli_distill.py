@@ -20,6 +20,10 @@ _FLAGS = (
     *("effort", "synth", "synth_option", "zoo", "calib_data", "samples", "eval_data"),
     *("seed", "device", "budget", "memory", "cache_dir"),
 )
+_DEFAULTS = {  # the other methods make images of their own, and refuse both flags
+    "synth": "zeroq, with --method images",
+    "samples": "256, 1024, 4096 by --effort, with --method images; of --calib-data all",
+}
 StudentName = Annotated[
     str,
     typer.Option(
@@ -61,7 +65,7 @@ Output = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command("distill", help="Train a smaller network to answer as a model does, without data.")(
-        with_recipe_flags(distill, _FLAGS, DEFAULTS | {"samples": "256, 1024, 4096 by --effort"})
+        with_recipe_flags(distill, _FLAGS, DEFAULTS | _DEFAULTS)
     )
 
 

@@ -61,6 +61,9 @@ class ImageSpec:
         return low, high
 
 
+GIVEN = "images/"  # begins the source of images that were given, before the data set's name
+
+
 @dataclass(frozen=True)
 class CalibSet:
     """Calibration images in normalized space, (n, c, h, w) float32, with labels (n,) or None.
@@ -73,6 +76,11 @@ class CalibSet:
     source: str  # name of the synthesizer, or of the data set
     info: Mapping[str, Any] = field(default_factory=dict)
     carry: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether a synthesizer made the images from the model; false of given ones."""
+        return not self.source.startswith(GIVEN)
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ FLAGS = (
     Flag("output", str, "folder of the package", "DIR", _RUN, ("-o",)),
 )
 
-# What holds without the flag, for the help pages: these are the recipe's own defaults, as a test
-# checks, which reading the recipe would cost half a second.
+# What holds without the flag, for the help pages: the recipe's own defaults, as a test checks.
+# They stand here a second time because importing the recipe takes half a second.
 DEFAULTS = {
     "target": "ort",
     "bits": "w8a8",

@@ -80,7 +80,7 @@ def _bits(raw: Mapping[str, int]) -> str:
 # What some quantizers say and others do not.
 _OWN = (
     *("last", "collapsed", "start", "hessian", "images", "rounded_to_nearest", "spilled_bytes"),
-    *("ranges_from_images", "led_astray", "matched_distance"),
+    *("ranges_from_images", "layers_with_norms", "led_astray", "matched_distance"),
 )
 
 

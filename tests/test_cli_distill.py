@@ -39,7 +39,9 @@ def distill(capsys, workspace, *more, code=0, **kind):
 
 def test_the_help_states_how_many_images_a_training_gets(capsys, workspace):
     page = " ".join(run(capsys, workspace, "distill", "--help").out.split())
-    assert f"[default: {', '.join(map(str, IMAGES.values()))} by --effort]" in page
+    counts = ", ".join(map(str, IMAGES.values()))
+    assert f"[default: {counts} by --effort, with --method images; of --calib-data all]" in page
+    assert "[default: zeroq, with --method images]" in page
 
 
 def refuse(capsys, workspace, code, *more, **kind):

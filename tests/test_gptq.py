@@ -106,12 +106,10 @@ def test_layers_that_no_norm_describes_are_named(caplog):
     assert told in record.getMessage()
 
 
-@pytest.mark.parametrize(("source", "share", "used"), [
-    ("genie", 0.25, True), ("genie", 0, False), ("images/real.npz", 0.25, False),
-])  # fmt: skip
-def test_batch_norms_give_their_share_of_the_hessian_of_synthetic_images(
-    monkeypatch, source, share, used
-):
+@pytest.mark.parametrize(
+    ("source", "used"), [("genie", True), ("noise/smooth", True), ("images/real.npz", False)]
+)
+def test_batch_norms_give_their_share_of_the_hessian_of_synthetic_images(monkeypatch, source, used):
     graph, unfolded = quantized.folded("plain"), quantized.traced("plain")
     plan, calib = quantized.plan(graph, "w3a8"), quantized.calib(16)
     known, seen = folded_moments(unfolded, graph), {}
@@ -129,18 +127,35 @@ def test_batch_norms_give_their_share_of_the_hessian_of_synthetic_images(
             graph, dataclasses.replace(calib, source=source), plan, gptq.Options(**options),
             rng=torch.Generator(), device=CPU, supplies=QuantizerSupplies(unfolded=unfolded),
         )  # fmt: skip
+        assert state.info.get("layers_with_norms", 0) == len(seen)
         return {name: weight.codes for name, weight in state.weights.items()}
 
-    found, without = codes(norms=share), codes(norms=0)
+    without = codes(norms=0)
+    assert not seen
+    found = codes()
     assert len(seen) == (len(known) if used else 0)
     assert used != all(torch.equal(found[name], without[name]) for name in found)
     for measured, derived, part, mixed in seen.values():
-        assert part == share
+        assert part == 0.25
         expected = (1 - part) * measured.quantized + part * derived.quantized
         torch.testing.assert_close(mixed.quantized, expected)
         difference = (1 - part) * (measured.cross - measured.quantized)
         torch.testing.assert_close(mixed.cross - mixed.quantized, difference)
         assert mixed.quantized_mean is measured.quantized_mean
+
+
+@pytest.mark.parametrize(
+    ("net", "source", "why"),
+    [("plain", "images/real.npz", "given images count alone"),
+     ("no_norm", "noise/smooth", "no batch norms")],
+)  # fmt: skip
+def test_a_share_of_batch_norms_that_would_not_be_used_is_refused(net, source, why):
+    graph, calib = quantized.folded(net), dataclasses.replace(quantized.calib(8), source=source)
+    with pytest.raises(UsageError, match=f"norms=0.5 would not be used: .*{why}; leave it out"):
+        gptq.quantize(
+            graph, calib, quantized.plan(graph), gptq.Options(norms=0.5), rng=torch.Generator(),
+            device=CPU, supplies=QuantizerSupplies(unfolded=quantized.traced(net)),
+        )  # fmt: skip
 
 
 def layer_problem(seed=0):

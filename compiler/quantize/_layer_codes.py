@@ -7,9 +7,9 @@ columns compensated; what is best of them is improved code by code.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dfqc.compiler import affine
@@ -29,23 +29,18 @@ _RATIOS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)  # tried of a chann
 _PLENTY = 255  # levels that are enough as they are
 
 
-class Rounding(Protocol):
-    """The options of `gptq` that say how columns are rounded."""
+class Rounding(BaseModel):
+    """How the columns of a layer are rounded; `gptq` has more options beside these."""
 
-    @property
-    def damping(self) -> float: ...
-    @property
-    def shift_damping(self) -> float: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def order(self) -> Order: ...
-    @property
-    def refits(self) -> int: ...
-    @property
-    def search(self) -> bool: ...
-    @property
-    def sweeps(self) -> int: ...
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    damping: float = Field(0.1, ge=0, description="parts of the Hessian's mean diagonal")
+    shift_damping: float = Field(0.5, ge=0, description="the same, for what `asymmetric` adds")
+    block_size: int = Field(128, ge=1)
+    order: Order = "diagonal"
+    refits: int = Field(0, ge=0, description="rounds of best scales for given codes")
+    search: bool = Field(True, description="below 8 bits, try other scales per channel")
+    sweeps: int = Field(3, ge=0, description="below 8 bits, rounds of coordinate descent")
 
 
 def round_weight(

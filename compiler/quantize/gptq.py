@@ -53,7 +53,6 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, has_batch_norm, layer_nodes
 from dfqc.compiler.moments import Moments, folded_moments
 from dfqc.compiler.quantize import rtn
-from dfqc.compiler.quantize._columns import Order
 from dfqc.compiler.quantize._hessian import (
     SecondMoments,
     blend_moments,
@@ -62,7 +61,7 @@ from dfqc.compiler.quantize._hessian import (
     hessian_room,
     measure_moments,
 )
-from dfqc.compiler.quantize._layer_codes import round_weight
+from dfqc.compiler.quantize._layer_codes import Rounding, round_weight
 from dfqc.compiler.quantize._walk import Walk, live_bytes
 from dfqc.compiler.spec import LayerPlan, Plan
 
@@ -71,7 +70,7 @@ log = logging.getLogger(__name__)
 MEMORY_BYTES = 4 << 30  # of images, where nobody set a limit
 
 
-class Options(rtn.Options):
+class Options(rtn.Options, Rounding):
     """Options of column-wise rounding; the ranges are those of round-to-nearest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,14 +81,7 @@ class Options(rtn.Options):
     norms: float = Field(
         0.25, ge=0, le=1, description="part of a synthetic Hessian that batch norms give"
     )
-    damping: float = Field(0.1, ge=0, description="parts of the Hessian's mean diagonal")
-    shift_damping: float = Field(0.5, ge=0, description="the same, for what `asymmetric` adds")
-    block_size: int = Field(128, ge=1)
-    order: Order = "diagonal"
     asymmetric: bool = Field(True, description="make up for the error of the layers before")
-    refits: int = Field(0, ge=0, description="rounds of best scales for given codes")
-    search: bool = Field(True, description="below 8 bits, try other scales per channel")
-    sweeps: int = Field(3, ge=0, description="below 8 bits, rounds of coordinate descent")
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
@@ -156,16 +148,9 @@ def quantize(
         *(graph, calib, plan, options, supplies.unfolded), device=device, progress=progress
     )
     room = hessian_room(supplies.memory_bytes)
-    known: Mapping[str, Moments] = {}
-    if supplies.unfolded is not None and (
-        options.hessian == "bn"
-        or (options.norms and _made(calib) and has_batch_norm(supplies.unfolded))
-    ):
-        known = folded_moments(supplies.unfolded, graph)
+    known = _read_norms(graph, calib, options, supplies.unfolded)
     rounder = _Rounder(graph, plan, acts, options, progress, room, known, info=notes)
     if options.hessian == "bn":
-        if supplies.unfolded is None:
-            raise UsageError("gptq: hessian=bn needs the model with its batch norms, got none")
         rounder.round_from(device, deadline)
     else:
         rounder.round_along(calib.images, device, deadline, supplies.memory_bytes)
@@ -181,9 +166,22 @@ def _check(options: Options) -> None:
         )
 
 
-def _made(calib: CalibSet) -> bool:
-    """Whether the images are synthetic."""
-    return not calib.source.startswith("images/")
+def _read_norms(
+    graph: Graph, calib: CalibSet, options: Options, unfolded: Graph | None
+) -> Mapping[str, Moments]:
+    """Return the moments of layers' inputs that the Hessian, or a part of it, is made from."""
+    if options.hessian == "bn":
+        if unfolded is None:
+            raise UsageError("gptq: hessian=bn needs the model with its batch norms, got none")
+        return folded_moments(unfolded, graph)
+    if not options.norms:
+        return {}
+    if calib.synthetic and unfolded is not None and has_batch_norm(unfolded):
+        return folded_moments(unfolded, graph)
+    if "norms" in options.model_fields_set:
+        why = "the model has no batch norms" if calib.synthetic else "given images count alone"
+        raise UsageError(f"gptq: norms={options.norms:g} would not be used: {why}; leave it out")
+    return {}
 
 
 @dataclass
@@ -208,7 +206,7 @@ class _Rounder:
             if deadline is not None and time.monotonic() > deadline:
                 return
             derived = self._derive(layer, module, device)
-            if self._can_measure(module) and derived is not None:
+            if derived is not None and self._can_measure(module):
                 self._round(layer, module, derived)
             else:
                 self._round_nearest(layer, module)
@@ -268,6 +266,7 @@ class _Rounder:
         if derived is None:
             self._round(layer, module, moments)
         else:
+            self.info["layers_with_norms"] = self.info.get("layers_with_norms", 0) + 1
             self._round(layer, module, blend_moments(moments, derived, share))
         real = self._real(layer)
         shift = _mean_error(module.weight.detach().cpu(), real, moments)
