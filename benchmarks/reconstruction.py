@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from _nets import Net, list_nets, write_member, zoo_of
-from _tables import Columns, render_table, table_line, write_results
+from _tables import Columns, render_table, save_results, table_line, write_results
 from torch import Tensor
 
 from dfqc.compiler import machine, plugins
@@ -97,17 +97,17 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    command = shlex.join(["python", "benchmarks/reconstruction.py", *sys.argv[1:]])
     for net in list_nets(options.nets):
         for source in options.sources:
             case = open_case(net, source, options)
             for row in measure(case, source, options):
                 rows.append(row)
                 print(table_line(COLUMNS, row), flush=True)
+                save_results(rows, render(rows, command), options.output)  # a killed run's too
             del case
             gc.collect()
-            command = shlex.join(["python", "benchmarks/reconstruction.py", *sys.argv[1:]])
-            table = render(rows, command)
-            write_results(rows, table, options.output)
+    write_results(rows, render(rows, command), options.output)
     return 0
 
 

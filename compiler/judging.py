@@ -13,16 +13,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_SHARE, _MOST = 4, 64  # every fourth calibration image judges, or about so many
+_SHARE = 4  # every fourth calibration image judges, of many fewer
 _LEAST = 1e-12  # a divergence that is nothing
 SHIFT = 0.125  # of each side, at most
 
 
-def split_judges(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images to learn from, and every fourth, or some 64, to judge by; none of few."""
+def split_judges(images: Tensor, most: int = 64) -> tuple[Tensor, Tensor]:
+    """Return images to learn from, and every fourth, or some `most`, to judge by; none of few."""
     if len(images) < _SHARE:
         return images, images[:0]
-    step = max(_SHARE, len(images) // _MOST)
+    step = max(_SHARE, len(images) // most)
     judged = torch.arange(len(images)) % step == step - 1
     judged[-1] = True
     return images[~judged], images[judged]

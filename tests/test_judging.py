@@ -15,10 +15,13 @@ def test_judges_are_about_a_quarter_and_apart(count, judges):
     assert sorted(torch.cat([learn, judge]).flatten().tolist()) == list(range(count))
 
 
-def test_many_images_keep_some_64_judges():
-    learn, judge = judging.split_judges(torch.zeros(1024, 1, 1, 1))
-    assert 60 <= len(judge) <= 70
-    assert len(learn) + len(judge) == 1024
+@pytest.mark.parametrize(
+    ("count", "most", "judges"), [(1024, 64, 64), (1024, 256, 256), (4096, 256, 256)]
+)
+def test_of_many_images_no_more_judge_than_asked(count, most, judges):
+    learn, judge = judging.split_judges(torch.zeros(count, 1, 1, 1), most)
+    assert len(judge) == judges
+    assert len(learn) + len(judge) == count
 
 
 def test_divergences_count_by_their_ratios():

@@ -4,7 +4,7 @@ Asymmetric reconstruction (eq. 25): each layer, with its activation function, re
 quantized layers before it give and is fitted to its float output.
 
 Unlike the paper, as all settings of the loop (see `reconstruct.Published`): the biases that it
-starts from are corrected; a quarter of the images (some 64 of many) judges and is not trained on;
+starts from are corrected; a quarter of the images (some 256 of many) judges and is not trained on;
 and by these, the start is kept for a layer, and for the network, where learning made it no better
 (`keep_best`).
 """

@@ -5,7 +5,7 @@ layer rounded to nearest, the second pass on float inputs. Its 8-bit input of th
 matter of the plan: `--layer NAME=w4a8`.
 
 Unlike the paper, as all settings of the loop (see `reconstruct.Published`): activation steps of 8
-bits and more stay as calibrated; biases start corrected; a quarter of the images (some 64 of
+bits and more stay as calibrated; biases start corrected; a quarter of the images (some 256 of
 many) judges, and by it, what is best is kept per unit and in the end (`keep_best`).
 """
 

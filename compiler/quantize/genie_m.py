@@ -6,7 +6,7 @@ zero point 0 from 4 bits on (what TensorRT and ONNX Runtime take), shifted ones 
 
 Unlike the paper, as all settings of the loop (see `reconstruct.Published`): activation grids of 8
 bits and more are neither learned nor dropped; biases start corrected; a quarter of the images
-(some 64 of many) judges, and by it, what is best is kept per unit and in the end (`keep_best`).
+(some 256 of many) judges, and by it, what is best is kept per unit and in the end (`keep_best`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ it is trained. LSQ's factor on the gradient of a step is left out: Adam divides 
 
 Unlike the paper, as all settings of the loop (see `reconstruct.Published`): activation grids of 8
 bits and more are neither learned nor dropped; biases start corrected; a quarter of the images
-(some 64 of many) judges, and by it, what is best is kept per unit and in the end (`keep_best`).
+(some 256 of many) judges, and by it, what is best is kept per unit and in the end (`keep_best`).
 """
 
 from __future__ import annotations
