@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from torch import nn
 
@@ -19,6 +22,16 @@ def test_what_grows_with_rows_is_counted_and_parameters_are_not():
 
 def test_one_row_always_fits():
     assert rows_at_once(nn.Linear(8, 8), torch.randn(1, 8), 1) == 1
+
+
+def test_nothing_is_held_when_it_has_been_counted():
+    held = []
+    module = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8))  # keeps its own output
+    module[1].register_forward_hook(lambda _, __, output: held.append(weakref.ref(output)))
+    rows_at_once(module, torch.randn(1, 8), 1000)
+    gc.collect()
+    assert len(held) == 2
+    assert all(output() is None for output in held)
 
 
 def test_the_share_follows_the_limit():

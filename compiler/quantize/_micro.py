@@ -43,15 +43,18 @@ def rows_at_once(forward: Callable[[Tensor], Tensor], row: Tensor, limit: int) -
 
 def _kept_bytes(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Return the bytes of the different tensors that autograd keeps."""
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}
 
-    def count(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
+    def count(value: Tensor) -> None:
+        # Returning the tensor would let an operator's saved output hold the operator that holds it.
         if not isinstance(value, nn.Parameter):
-            kept[storage.data_ptr()] = storage.nbytes()
-        return value
+            kept[value.untyped_storage().data_ptr()] = value.detach()
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, _read):
         output = forward(x)
     del output
-    return sum(kept.values())
+    return sum(value.untyped_storage().nbytes() for value in kept.values())
+
+
+def _read(nothing: None) -> Tensor:
+    raise AssertionError("counted only, never differentiated")
