@@ -38,7 +38,7 @@ FLAGS = (
     Flag("arch", str, "timm:NAME, torchvision:NAME or path/to/file.py:factory", "ARCH"),
     Flag("pretrained", bool, "with timm: or torchvision: models, load their weights"),
     Flag("unsafe_load", bool, "open a pickled module: it can run any code of its author"),
-    Flag("input_size", str, "input of the model", "CxHxW"),
+    Flag("input_size", str, "input of the model; default: its own, else 3x224x224", "CxHxW"),
     Flag("resize", int, "shorter side of an image before the center crop", "PIXELS"),
     Flag("mean", str, "mean of RGB in 0..1, for example .485,.456,.406", "LIST"),
     Flag("std", str, "standard deviation of RGB in 0..1", "LIST"),
