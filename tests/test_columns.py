@@ -1,9 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import WeightGrid
+from dfqc.compiler.quantize import _columns
 from dfqc.compiler.quantize._columns import (
     descend,
     factorize,
@@ -123,7 +126,9 @@ def test_a_singular_hessian_gets_more_damping():
     factor = factorize(torch.stack((singular - 1e-3 * good, good)), 0.0, "diagonal")
     assert factor.damping[0] > 0
     assert factor.damping[1] == 0
-    assert round_factored(rows, factor, grid).shape == rows.shape
+    found = round_factored(rows, factor, grid, grid.scale[None])
+    assert found.codes.shape == rows.shape
+    assert found.error.isfinite().all()
 
 
 def test_a_hessian_that_is_not_finite_is_refused():
@@ -230,3 +235,28 @@ def test_shifted_targets_are_least_squares_on_the_quantized_inputs(order):
         np.testing.assert_allclose(found[2 * group : 2 * group + 2], expected, rtol=1e-8)
     same = shift_target(rows, factorize(hessian, 0.1, order), hessian, hessian)
     assert torch.equal(same, rows)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("at_once", [1, 1 << 25])
+def test_of_several_scales_every_channel_gets_the_one_with_the_least_error(
+    groups, at_once, monkeypatch
+):
+    monkeypatch.setattr(_columns, "_AT_ONCE", at_once)  # one scale after the other; all together
+    rows, hessian, grid = problem(groups=groups)
+    zero = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    factor = factorize(hessian, 0.02, "diagonal")
+    scales = torch.tensor([[1.0], [0.7], [1.3], [0.7]]) * grid.scale
+    alone = []
+    for scale in scales:
+        trial = dataclasses.replace(grid, scale=scale)
+        codes = round_columns(rows, hessian, trial, damping=0.02, zero=zero)
+        alone.append((output_errors(rows, codes, factor.hessian, trial), codes))
+    best = torch.stack([error for error, _ in alone]).argmin(0)  # of equal ones the first
+    assert len(set(best.tolist())) > 1
+    found = round_factored(rows, factor, grid, scales, zero=zero)
+    for channel, number in enumerate(best.tolist()):
+        error, codes = alone[number]
+        assert torch.equal(found.codes[channel], codes[channel])
+        assert found.scale[channel] == scales[number, channel]
+        torch.testing.assert_close(found.error[channel], error[channel])

@@ -22,6 +22,7 @@ from dfqc.compiler.contracts import WeightGrid
 
 Order = Literal["natural", "diagonal"]
 RETRIES = 8  # each with ten times the damping
+_AT_ONCE = 1 << 25  # weights, of all scales that are tried together
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,27 @@ class Factor:
     order: Tensor
     upper: Tensor
     damping: Tensor
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes of a weight (channels, dim) int8, with the scale and the error of every channel.
+
+    The error is (w - q) H (w - q)^T with the damped Hessian, float64.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    error: Tensor
+
+    def better(self, other: Rounded) -> Rounded:
+        """Return, channel by channel, what has the smaller error; of equal ones, the first."""
+        first = self.error <= other.error
+        return Rounded(
+            torch.where(first[:, None], self.codes, other.codes),
+            torch.where(first, self.scale, other.scale),
+            torch.where(first, self.error, other.error),
+        )
 
 
 def round_columns(
@@ -63,7 +85,7 @@ def round_columns(
         zero: (channels, dim), True where the code must be 0.
     """
     factor = factorize(hessian, damping, order)
-    return round_factored(rows, factor, grid, block=block, zero=zero)
+    return round_factored(rows, factor, grid, grid.scale[None], block=block, zero=zero).codes
 
 
 def factorize(hessian: Tensor, damping: float, order: Order) -> Factor:
@@ -94,38 +116,79 @@ def round_factored(
     rows: Tensor,
     factor: Factor,
     grid: WeightGrid,
+    scales: Tensor,
     *,
     block: int = 128,
     zero: Tensor | None = None,
-) -> Tensor:
-    """Return the codes of a weight, (channels, dim) int8; arguments as `round_columns` has them.
+) -> Rounded:
+    """Round every channel on each of several scales, and keep its best.
 
     A code that must be 0 takes up nothing of the error so far, and what is missing there is passed
     on like any other error (SparseGPT, Frantar and Alistarh 2023, for a given mask).
+
+    Args:
+        rows: (channels, dim); consecutive channels form the groups.
+        factor: of the groups' Hessians.
+        grid: lowest codes and levels.
+        scales: (trials, channels); of equal ones the first is kept.
+        block: see `round_columns`.
+        zero: (channels, dim), True where the code must be 0.
     """
+    at_once = max(1, _AT_ONCE // rows.numel())
+    parts = [_round_trials(rows, factor, grid, p, block, zero) for p in scales.split(at_once)]
+    best = parts[0]
+    for part in parts[1:]:
+        best = best.better(part)
+    return best
+
+
+def _round_trials(
+    rows: Tensor, factor: Factor, grid: WeightGrid, scales: Tensor, block: int, zero: Tensor | None
+) -> Rounded:
+    """Round as `round_factored` does, all scales in one go through the columns."""
     groups, dim = factor.order.shape
-    order = factor.order[:, None, :].expand(groups, len(rows) // groups, dim)
-    wanted = rows.view(groups, -1, dim).gather(2, order)
-    held = None if zero is None else zero.view(groups, -1, dim).gather(2, order)
-    # R_ji / R_ii at (j, i): what column i takes up of the error of column j.
-    feedback = (factor.upper / factor.upper.diagonal(dim1=1, dim2=2)[:, None, :]).to(wanted.dtype)
-    scale, low = (v.to(wanted).view(groups, -1) for v in (grid.scale, grid.low))
-    codes, error = torch.empty_like(wanted), torch.zeros_like(wanted)
+    trials, width = len(scales), len(rows) // groups
+    order = factor.order[:, None, :].expand(groups, width, dim)
+    # Column by column: (groups, dim, channels), so that what belongs to a column lies together.
+    wanted = rows.view(groups, -1, dim).gather(2, order).mT.contiguous()
+    held = None
+    if zero is not None and bool(zero.any()):
+        held = zero.view(groups, -1, dim).gather(2, order).mT.contiguous()
+    diagonal = factor.upper.diagonal(dim1=1, dim2=2)
+    # R_ji / R_ii at (i, j): what column i takes up of the error of column j.
+    feedback = (factor.upper / diagonal[:, None, :]).mT.to(wanted.dtype).contiguous()
+    scale = scales.to(wanted).view(trials, groups, width).transpose(0, 1)
+    low = grid.low.to(wanted).view(groups, 1, width)
+    error = wanted.new_zeros(groups, dim, trials, width)
+    codes = torch.empty_like(error, dtype=torch.int8)
+    found = diagonal.new_zeros(groups, trials, width)
+    flat = error.view(groups, dim, trials * width)
     for start in range(0, dim, block):
         stop = min(start + block, dim)
-        carried = error[:, :, :start] @ feedback[:, :start, start:stop]
-        inner = feedback[:, start:stop, start:stop]
+        carried = (feedback[:, start:stop, :start] @ flat[:, :start]).view_as(error[:, start:stop])
+        missed = torch.empty_like(carried)
         for i in range(start, stop):
-            at = i - start
-            own = (error[:, :, start:i] @ inner[:, :at, at : at + 1]).squeeze(2)
-            target = wanted[:, :, i] + carried[:, :, at] + own
+            own = (feedback[:, i : i + 1, start:i] @ flat[:, start:i]).view_as(scale)
+            target = wanted[:, i, None] + carried[:, i - start] + own
             chosen = affine.nearest_codes(target, scale, low, grid.levels)
             if held is not None:
-                chosen = chosen.masked_fill(held[:, :, i], 0)
-            codes[:, :, i] = chosen
-            error[:, :, i] = wanted[:, :, i] - chosen * scale
-    result = torch.empty_like(codes).scatter_(2, order, codes)
-    return result.view_as(rows).to(torch.int8)
+                chosen = chosen.masked_fill(held[:, i, None], 0)
+            codes[:, i] = chosen
+            value = chosen * scale
+            torch.sub(wanted[:, i, None], value, out=error[:, i])
+            torch.sub(target, value, out=missed[:, i - start])
+        # (R^T (w - q))_i is what is missing at column i, times R_ii: the error without H.
+        weight = diagonal[:, start:stop, None, None]
+        found += (missed.double() * weight).square().sum(1)
+    best = found.argmin(1, keepdim=True)
+    kept = codes.gather(2, best[:, None].expand(groups, dim, 1, width)).squeeze(2).mT
+    result = torch.empty_like(kept, memory_format=torch.contiguous_format)
+    result.scatter_(2, order, kept)
+    return Rounded(
+        result.view_as(rows),
+        scales.to(wanted).gather(0, best.transpose(0, 1).reshape(1, -1)).squeeze(0),
+        found.gather(1, best).flatten(),
+    )
 
 
 def descend(
@@ -140,8 +203,8 @@ def descend(
 ) -> Tensor:
     """Return codes (channels, dim) int8 with no larger error, each the best for all the others.
 
-    With e = w - q and g = e H, column i is best rounded from q_i + g_i / H_ii (QuantEase, section
-    3); as in `round_factored`, columns beyond a block learn of its changes by one product.
+    With e = w - q and g = H e, column i is best rounded from q_i + g_i / H_ii (QuantEase, section
+    3); a block's gradient is one product, and within it a change is passed on one by one.
 
     Args:
         rows: (channels, dim) weights.
@@ -152,34 +215,34 @@ def descend(
         block: columns whose changes are applied one by one.
         zero: (channels, dim), True where the code must be 0.
     """
-    found = codes.double().view(len(hessian), -1, codes.shape[1])
-    dim = found.shape[2]
-    held = None if zero is None else zero.view_as(found)
+    shape = (len(hessian), -1, codes.shape[1])
+    # Column by column: (groups, dim, channels), so that what belongs to a column lies together.
+    found = codes.double().view(shape).mT.contiguous()
+    held = None if zero is None or not bool(zero.any()) else zero.view(shape).mT.contiguous()
     scale, low = (v.to(found).view(len(hessian), -1) for v in (grid.scale, grid.low))
-    error = rows.double().view_as(found) - found * scale[:, :, None]
+    error = rows.double().view(shape).mT - found * scale[:, None]
     # Where nothing comes in, the gradient is 0 as well, and the code stays.
     diagonal = hessian.diagonal(dim1=1, dim2=2).clamp_min(1e-300)
     for _ in range(sweeps):
-        before, gradient = found.clone(), error @ hessian
-        for start in range(0, dim, block):
-            stop = min(start + block, dim)
-            own = gradient[:, :, start:stop]
-            inner = hessian[:, start:stop, start:stop]
-            change = torch.zeros_like(own)
-            for i in range(stop - start):
-                old = found[:, :, start + i].clone()
-                target = old * scale + own[:, :, i] / diagonal[:, None, start + i]
+        before = found.clone()
+        for start in range(0, found.shape[1], block):
+            part = hessian[:, start : start + block]
+            gradient = part @ error
+            changes = torch.empty_like(gradient)
+            for at in range(gradient.shape[1]):
+                i = start + at
+                own = (part[:, at : at + 1, start:i] @ changes[:, :at]).squeeze(1)
+                own += gradient[:, at]
+                target = found[:, i] * scale + own / diagonal[:, i, None]
                 chosen = affine.nearest_codes(target, scale, low, grid.levels)
                 if held is not None:
-                    chosen = chosen.masked_fill(held[:, :, start + i], 0)
-                change[:, :, i] = (old - chosen) * scale
-                own += change[:, :, i, None] * inner[:, None, i]
-                found[:, :, start + i] = chosen
-            gradient[:, :, stop:] += change @ hessian[:, start:stop, stop:]
-            error[:, :, start:stop] += change
+                    chosen = chosen.masked_fill(held[:, i], 0)
+                torch.mul(found[:, i] - chosen, scale, out=changes[:, at])
+                found[:, i] = chosen
+            error[:, start : start + block] += changes
         if torch.equal(found, before):
             break
-    return found.view_as(codes).to(torch.int8)
+    return found.mT.reshape(codes.shape).to(torch.int8)
 
 
 def refit_scales(

@@ -16,6 +16,7 @@ from dfqc.compiler import affine
 from dfqc.compiler.contracts import WeightGrid
 from dfqc.compiler.quantize._columns import (
     Order,
+    Rounded,
     descend,
     factorize,
     output_errors,
@@ -66,39 +67,30 @@ def round_weight(
     if moments.cross is not None:
         drawn = factorize(moments.quantized, options.shift_damping, options.order)
         target = shift_target(rows, drawn, moments.cross, moments.quantized)
-    best, chosen = affine.round_to_grid(target, grid, 0).codes.masked_fill(zero, 0), grid
-    error = output_errors(target, best, factor.hessian, grid)
 
-    def keep_better(codes: Tensor, trial: WeightGrid) -> None:
-        nonlocal best, chosen, error
-        found = output_errors(target, codes, factor.hessian, trial)
-        better = found < error
-        best = torch.where(better[:, None], codes, best)
-        chosen = dataclasses.replace(grid, scale=torch.where(better, trial.scale, chosen.scale))
-        error = torch.where(better, found, error)
+    def rounded(codes: Tensor, scale: Tensor) -> Rounded:
+        trial = dataclasses.replace(grid, scale=scale)
+        return Rounded(codes, scale, output_errors(target, codes, factor.hessian, trial))
 
-    def compensated(trial: WeightGrid) -> Tensor:
-        return round_factored(target, factor, trial, block=options.block_size, zero=zero)
+    def compensated(scales: Tensor) -> Rounded:
+        scales = scales if least is None else torch.maximum(scales, least)
+        return round_factored(target, factor, grid, scales, block=options.block_size, zero=zero)
 
-    keep_better(compensated(grid), grid)
+    few = grid.levels < _PLENTY
+    nearest = affine.round_to_grid(target, grid, 0).codes.masked_fill(zero, 0)
+    ratios = grid.scale.new_tensor((1.0, *(_RATIOS if few and options.search else ())))
+    best = rounded(nearest, grid.scale).better(compensated(ratios[:, None] * grid.scale))
     for _ in range(options.refits):
-        trial = refit_scales(target, best, factor.hessian, chosen, least)
-        keep_better(best, trial)
-        keep_better(compensated(trial), trial)
-    if grid.levels >= _PLENTY:
-        return best, chosen
-    for ratio in _RATIOS if options.search else ():
-        scale = grid.scale * ratio
-        trial = dataclasses.replace(
-            grid, scale=scale if least is None else torch.maximum(scale, least)
-        )
-        keep_better(compensated(trial), trial)
-    if options.sweeps:
+        start = dataclasses.replace(grid, scale=best.scale)
+        scale = refit_scales(target, best.codes, factor.hessian, start, least).scale
+        best = best.better(rounded(best.codes, scale)).better(compensated(scale[None]))
+    grid = dataclasses.replace(grid, scale=best.scale)
+    if few and options.sweeps:
         lower = descend(
-            *(target, best, factor.hessian, chosen),
+            *(target, best.codes, factor.hessian, grid),
             sweeps=options.sweeps,
             block=options.block_size,
             zero=zero,
         )
-        keep_better(lower, chosen)
-    return best, chosen
+        best = best.better(rounded(lower, best.scale))
+    return best.codes, grid
