@@ -5,8 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+import models
 import quantized
+from dfqc.compiler.contracts import QuantizerSupplies
 from dfqc.compiler.passes import bias
+from dfqc.compiler.quantize import gptq, reconstruct
+from dfqc.compiler.quantize._choice import correct_biases
 
 
 def correct(graph, state, method, unfolded, **options):
@@ -54,3 +58,45 @@ def test_restored_biases_are_what_an_analytic_correction_starts_from():
     plain, found = (correct(graph, s, "analytic", unfolded) for s in (state, moved))
     for name, value in plain.biases.items():
         torch.testing.assert_close(found.biases[name], value + 1)
+
+
+def test_what_was_corrected_for_its_last_codes_is_not_corrected_by_other_measurements():
+    graph, unfolded = quantized.folded("residual"), quantized.traced("residual")
+    state = quantized.quantize(graph, quantized.plan(graph, "w4a4"))
+    supplies = QuantizerSupplies(unfolded=unfolded, bias_correction="empirical")
+    once = correct_biases(graph, state, quantized.calib(24), supplies, quantized.CPU)
+    assert any(not torch.equal(once.biases[name], b) for name, b in state.biases.items())
+    twice = correct(graph, once, "empirical", unfolded)  # on other images
+    assert twice is once
+    changed = dataclasses.replace(once, info={**once.info, bias.CORRECTED: False})
+    again = correct(graph, changed, "empirical", unfolded)
+    assert any(not torch.equal(again.biases[name], b) for name, b in once.biases.items())
+
+
+@pytest.mark.parametrize("kept", ["closed", "reconstructed"])
+def test_a_build_ships_a_kept_closed_form_as_gptq_makes_it(kept, monkeypatch):
+    graph, unfolded = quantized.folded("residual"), quantized.traced("residual")
+    plan, calib = quantized.plan(graph, "w4a4"), quantized.calib(24)
+    supplies = QuantizerSupplies(unfolded=unfolded, held_out=models.images(16, seed=9))
+
+    def choose(graph, states, *_):
+        return states[kept], {name: float(name != kept) for name in states}
+
+    def build(plugin, **options):
+        state = plugin.quantize(
+            *(graph, calib, plan, plugin.Options(**options)),
+            rng=torch.Generator().manual_seed(0), device=quantized.CPU, supplies=supplies,
+        )  # fmt: skip
+        return bias.correct(
+            *(graph, unfolded, state, calib, bias.options_of("auto")),
+            device=quantized.CPU, held_out=supplies.held_out,
+        )  # fmt: skip
+
+    monkeypatch.setattr(reconstruct, "keep_best", choose)
+    monkeypatch.setattr(reconstruct, "led_astray", lambda *_: ([], {}))
+    found = build(reconstruct, iterations=20, tune_iterations=0, lr_bias=0.0)
+    closed = build(gptq)
+    assert found.info["kept"] == kept
+    assert found.info[bias.CORRECTED] == (kept == "closed")
+    same = all(torch.equal(found.biases[name], b) for name, b in closed.biases.items())
+    assert same == (kept == "closed")

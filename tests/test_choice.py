@@ -4,6 +4,8 @@ import torch
 import models
 import quantized
 from dfqc.compiler.contracts import QuantizerSupplies
+from dfqc.compiler.judging import split_judges
+from dfqc.compiler.quantize import _choice
 from dfqc.compiler.quantize._choice import judging_parts, led_astray
 from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.simulate import simulated
@@ -45,3 +47,13 @@ def test_what_images_of_another_kind_put_behind_its_start_was_led_astray():
     assert led_astray(graph, fine, learned, given, **judge)[0] == ["worse"]
     nothing = QuantizerSupplies(held_out=HELD_OUT, fitting=0)  # none of them looks like data
     assert led_astray(graph, fine, learned, nothing, **judge) == ([], {})
+
+
+@pytest.mark.parametrize(("room", "copies"), [(1 << 28, 4), (0, 1)])
+def test_large_images_have_fewer_copies_and_what_they_take_is_known(room, copies, monkeypatch):
+    monkeypatch.setattr(_choice, "_ROOM", room)
+    graph = quantized.folded("residual")
+    own, moved = judging_parts(split_judges(quantized.calib(64).images)[1], QuantizerSupplies())
+    assert len(moved) == copies * len(own)
+    taken = own.nbytes + moved.untyped_storage().nbytes()
+    assert taken == _choice.judging_bytes(graph, 64)

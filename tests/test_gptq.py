@@ -147,7 +147,7 @@ def test_batch_norms_give_their_share_of_the_hessian_of_synthetic_images(monkeyp
 @pytest.mark.parametrize(
     ("net", "source", "why"),
     [("plain", "images/real.npz", "given images count alone"),
-     ("no_norm", "noise/smooth", "no batch norms")],
+     ("no_norm", "noise/smooth", "no batch norms are known")],
 )  # fmt: skip
 def test_a_share_of_batch_norms_that_would_not_be_used_is_refused(net, source, why):
     graph, calib = quantized.folded(net), dataclasses.replace(quantized.calib(8), source=source)

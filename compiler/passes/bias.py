@@ -40,6 +40,7 @@ METHODS = ("none", "blend", "analytic", "empirical")  # in the order of ties
 # Of a quantizer that has put the means back by the batch norms: deriving them again counts twice.
 _MEASURED = ("none", "empirical")
 JUDGE_IMAGES = 64
+CORRECTED = "corrected_biases"  # in a state's info: as the recipe asks, for the codes it has
 RESTORED = "restored_biases"  # in a state's info: they make up for more than rounding
 _MEMORY, _SHARE = 8 << 30, 0.25  # without a limit; what of it may hold activations
 _LIVE = 3  # tensors at once, of the largest one's size: in, out, and a residual stream
@@ -85,7 +86,8 @@ def correct(
     `auto` makes all of them and keeps the one whose simulated outputs are nearest to the float
     ones, by the divergence of their softmax. Where a quantizer has put means back by batch norms
     (`udfc`), it only tries what is measured. Biases that one learned are left alone, whatever was
-    asked for; then the info says so.
+    asked for; then the info says so. So are those that one has corrected as the recipe asks, after
+    the last change of its codes (`CORRECTED` in the info): what is measured a second time is noise.
 
     Args:
         graph: folded graph (what the state belongs to).
@@ -102,6 +104,8 @@ def correct(
     """
     if state.info.get("learned_biases"):
         return _keep_learned(state, options)
+    if state.info.get(CORRECTED):
+        return state
     before = state.info.get("bias_correction", {})
     if options.variance == "analytic" and before.get("variance") != "analytic":
         state = restandardize(graph, unfolded, state)

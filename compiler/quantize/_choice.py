@@ -5,7 +5,9 @@ Nothing is fitted to these images, and none of them is a test image of anybody.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,13 +15,14 @@ from torch import Tensor
 
 from dfqc.compiler.contracts import CalibSet, QuantizerSupplies, QuantState
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.judging import augmented, mean_divergence
+from dfqc.compiler.judging import augmented, count_judges, mean_divergence
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize._targets import Targets
 
 log = logging.getLogger(__name__)
 
 _COPIES, _SEED = 4, 19_001  # of every image that judges
+_ROOM = 256 << 20  # bytes for them; one copy each is made in any case
 _ASTRAY = 4 / 3  # of the divergence of what training began with
 _LEAST = 1e-12  # a divergence that is nothing
 
@@ -38,9 +41,20 @@ def judging_parts(own: Tensor, supplies: QuantizerSupplies) -> list[Tensor]:
     """
     if len(own):
         rng = torch.Generator().manual_seed(_SEED)
-        return [own, augmented(own, 1 + _COPIES, rng)[len(own) :]]
+        return [own, augmented(own, 1 + _copies(math.prod(own.shape)), rng)[len(own) :]]
     held_out = supplies.held_out
     return [] if held_out is None else [held_out[: supplies.fitting or len(held_out)]]
+
+
+def _copies(values: int) -> int:
+    """Return how many moved copies judge of every image, where all of them have `values` pixels."""
+    return max(1, min(_COPIES, _ROOM // (4 * max(1, values))))
+
+
+def judging_bytes(graph: Graph, samples: int) -> int:
+    """Return what the images that judge take, with their copies, of a calibration set."""
+    values = count_judges(samples) * math.prod(graph.image.size)
+    return 4 * values * (2 + _copies(values))
 
 
 def correct_biases(
@@ -54,12 +68,13 @@ def correct_biases(
     options = bias.options_of(supplies.bias_correction)
     if options.method == "auto" and supplies.unfolded is None:
         options = bias.options_of("empirical")
-    return bias.correct(
+    found = bias.correct(
         *(graph, supplies.unfolded or graph, state, calib, options),
         device=device,
         held_out=supplies.held_out,
         memory_bytes=supplies.memory_bytes,
     )
+    return dataclasses.replace(found, info={**found.info, bias.CORRECTED: True})
 
 
 def led_astray(

@@ -22,7 +22,7 @@ from dfqc.compiler.contracts import WeightGrid
 
 Order = Literal["natural", "diagonal"]
 RETRIES = 8  # each with ten times the damping
-_AT_ONCE = 1 << 25  # weights, of all scales that are tried together
+_AT_ONCE = 1 << 23  # weights, of all scales that are tried together
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Rounded:
 
     def better(self, other: Rounded) -> Rounded:
         """Return, channel by channel, what has the smaller error; of equal ones, the first."""
-        first = self.error <= other.error
+        better = other.error < self.error
         return Rounded(
-            torch.where(first[:, None], self.codes, other.codes),
-            torch.where(first, self.scale, other.scale),
-            torch.where(first, self.error, other.error),
+            torch.where(better[:, None], other.codes, self.codes),
+            torch.where(better, other.scale, self.scale),
+            torch.where(better, other.error, self.error),
         )
 
 
@@ -220,7 +220,7 @@ def descend(
     found = codes.double().view(shape).mT.contiguous()
     held = None if zero is None or not bool(zero.any()) else zero.view(shape).mT.contiguous()
     scale, low = (v.to(found).view(len(hessian), -1) for v in (grid.scale, grid.low))
-    error = rows.double().view(shape).mT - found * scale[:, None]
+    error = rows.double().view(shape).mT.contiguous() - found * scale[:, None]
     # Where nothing comes in, the gradient is 0 as well, and the code stays.
     diagonal = hessian.diagonal(dim1=1, dim2=2).clamp_min(1e-300)
     for _ in range(sweeps):

@@ -50,6 +50,7 @@ from dfqc.compiler.graph import Graph, count_params, on_device
 from dfqc.compiler.judging import split_judges
 from dfqc.compiler.opponent import MakesOpponents
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.passes.bias import CORRECTED
 from dfqc.compiler.quantize import reconstruct, rtn
 from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
 from dfqc.compiler.quantize._game import Game, Part
@@ -286,6 +287,7 @@ class _Contest:
             "shortened": any(part["shortened"] for part in self.parts)
             or bool(about.get("shortened")),
             "learned_biases": kept != START or bool(about.get("learned_biases")),
+            CORRECTED: kept == START and bool(about.get(CORRECTED)),
             "game": {"method": options.method, **settings},
             "parts": self.parts,
         }

@@ -143,12 +143,12 @@ def quantize(
     del rng
     start = time.monotonic()
     deadline = None if supplies.seconds is None else start + supplies.seconds
+    known = _read_norms(graph, calib, options, supplies.unfolded)
     graph.module.to(device)
     acts, notes = rtn.activation_grids(
         *(graph, calib, plan, options, supplies.unfolded), device=device, progress=progress
     )
     room = hessian_room(supplies.memory_bytes)
-    known = _read_norms(graph, calib, options, supplies.unfolded)
     rounder = _Rounder(graph, plan, acts, options, progress, room, known, info=notes)
     if options.hessian == "bn":
         rounder.round_from(device, deadline)
@@ -178,8 +178,8 @@ def _read_norms(
         return {}
     if calib.synthetic and unfolded is not None and has_batch_norm(unfolded):
         return folded_moments(unfolded, graph)
-    if "norms" in options.model_fields_set:
-        why = "the model has no batch norms" if calib.synthetic else "given images count alone"
+    if options.norms != Options.model_fields["norms"].default:
+        why = "no batch norms are known" if calib.synthetic else "given images count alone"
         raise UsageError(f"gptq: norms={options.norms:g} would not be used: {why}; leave it out")
     return {}
 

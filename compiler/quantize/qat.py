@@ -23,6 +23,7 @@ from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, node_shapes, on_device
 from dfqc.compiler.judging import split_judges
 from dfqc.compiler.options import plugin_options
+from dfqc.compiler.passes.bias import CORRECTED
 from dfqc.compiler.precision import Precision, choose_precision
 from dfqc.compiler.quantize import gptq, reconstruct, rtn
 from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
@@ -222,6 +223,7 @@ def _choose(
         "iterations": last.done if last is not None else 0,
         "shortened": bool(start.info.get("shortened")) or (last is not None and last.shortened),
     }
+    info[CORRECTED] = kept == START and bool(start.info.get(CORRECTED))
     if kept != START:
         before = bool(start.info.get("learned_biases"))  # and the weights were trained with those
         info["learned_biases"] = before or options.lr_bias > 0

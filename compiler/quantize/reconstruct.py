@@ -23,8 +23,15 @@ from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, Quant
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, blocks, layer_nodes, node_shapes, on_device
 from dfqc.compiler.judging import Copies, split_judges
+from dfqc.compiler.passes.bias import CORRECTED
 from dfqc.compiler.quantize import gptq, rtn, squant
-from dfqc.compiler.quantize._choice import correct_biases, judging_parts, keep_best, led_astray
+from dfqc.compiler.quantize._choice import (
+    correct_biases,
+    judging_bytes,
+    judging_parts,
+    keep_best,
+    led_astray,
+)
 from dfqc.compiler.quantize._micro import estimate_bytes
 from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
@@ -120,9 +127,6 @@ _JUDGING = 20.0
 _ADVANCING = 3.0  # of a copy through both networks, and its targets
 _TRAINING = 4.5  # forward and backward pass with what learns around it, in forward passes
 _CHOOSING = 128  # images that judge units; the network is judged by all
-# Real images of which the network is sure differ little, and a few decide: by 64 of 1,024 the
-# closed form stood in front of what was nearer on 3,000 others, by 256 it does not (ResNet-20).
-_JUDGES = 256
 _FLIPPED = "squant"  # stands for the network as a whole, and is no unit's
 
 
@@ -143,16 +147,15 @@ def count_bytes(
     closed = gptq.count_bytes(gptq.Options.model_validate({}), graph, samples, memory_bytes)
     learning = estimate_bytes(graph, min(options.batch_size, samples), memory_bytes)
     if options.cache == "recompute":
-        return max(closed, learning)
+        return max(closed, learning) + judging_bytes(graph, samples)
     width = 2 if options.cache == "float16" else 4
     shapes = node_shapes(graph)
     spans = [(block.entry, block.exit) for block in blocks(graph)]
     if options.unit == "layer":
         spans = [(node.all_input_nodes[0].name, node.name) for _, node in layer_nodes(graph)]
     most = max((2 * math.prod(shapes[a]) + math.prod(shapes[b]) for a, b in spans), default=0)
-    return max(
-        closed, learning + min(cache_bytes(memory_bytes), width * options.copies * samples * most)
-    )
+    cached = min(cache_bytes(memory_bytes), width * options.copies * samples * most)
+    return max(closed, learning + cached) + judging_bytes(graph, samples)
 
 
 def named(name: str) -> Callable[..., QuantState]:
@@ -208,7 +211,7 @@ def _reconstruct(
     _check(options)
     start = time.monotonic()
     graph = on_device(graph, device)
-    images, own = split_judges(calib.images, _JUDGES)  # what judges is not fitted to
+    images, own = split_judges(calib.images)  # what judges is not fitted to
     judges = judging_parts(own, supplies) or [images]
     ready = _ready(graph, calib, plan, options, rng=rng, device=device, supplies=supplies)
     left = None if supplies.seconds is None else supplies.seconds - (time.monotonic() - start)
@@ -235,6 +238,7 @@ def _reconstruct(
             state, info = states[kept], {**info, "led_astray": astray, "matched_distance": beyond}
         info |= {"kept": kept, "heldout_distance": scores}
         info["learned_biases"] = kept in learned and options.lr_bias > 0
+    info[CORRECTED] = info.get("kept") in ready
     return dataclasses.replace(state, info={**state.info, **info})
 
 
