@@ -20,10 +20,8 @@ EARLIER = (
     "reconstruction_adadfq",
     "reconstruction_mobilenet_same_ends",
     "reconstruction_nothing",
-    "reconstruction_probe",
     "reconstruction_real_mobilenet",
     "reconstruction_real_more",
-    "reconstruction_resnet56",
     "reconstruction_resnet56_same_ends",
     "reconstruction_undecided",
 )
