@@ -74,15 +74,15 @@ def nearness(net, state, images):
 
 
 # Bits, iterations and batch at which the gain stands clear of what another processor's rounding
-# moves: over seeds and instruction sets, after / before is 0.56 to 0.83 (0.91 seen with batches
-# of 16).
+# moves: over seeds and instruction sets, after / before is 0.46 to 0.75 (half the iterations on
+# half the images: up to 0.91).
 @pytest.mark.parametrize(("steps", "bits"), [("channel", "w3a3"), ("tensor", "w2a4")])
 def test_training_comes_nearer_to_the_float_network(steps, bits, monkeypatch):
     monkeypatch.setattr(qat, "distance", lambda *_: next(falling))  # the last one is the best
     falling = iter(range(10_000, 0, -1))
     still = {"lr_bias": 0, "lr_act_scale": 0, "lr_weight_scale": 0, "lr_weights": 1e-12}
     begun = run(bits=bits, iterations=1, weight_steps=steps, **still)
-    state = run(bits=bits, iterations=240, weight_steps=steps, batch_size=32)
+    state = run(bits=bits, iterations=480, weight_steps=steps, batch_size=32)
     assert begun.info["kept"] == state.info["kept"] == "trained"
     assert state.info["learned_biases"] is True
     losses = [row["loss"] for row in state.info["trail"]]
@@ -90,7 +90,7 @@ def test_training_comes_nearer_to_the_float_network(steps, bits, monkeypatch):
     assert sum(losses[-half:]) < sum(losses[:half])  # at other seeds: 0.80 to 0.96 of it
     images = torch.cat([quantized.calib(64).images, HELD_OUT])
     before, after = (nearness("residual", one, images) for one in (begun, state))
-    assert after < before
+    assert after < 0.9 * before
     if steps == "tensor":  # which begins so near because its biases are of its own rounding
         bare = dataclasses.replace(begun, biases=rounded_biases())
         assert before < 0.2 * nearness("residual", bare, images)

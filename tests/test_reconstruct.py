@@ -8,7 +8,6 @@ from dfqc.compiler import plugins
 from dfqc.compiler.contracts import QuantizerSupplies
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.options import plugin_options
-from dfqc.compiler.passes import bias
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.quantize import gptq, reconstruct
 from dfqc.compiler.quantize.reconstruct import Options
@@ -280,49 +279,6 @@ def test_a_network_with_one_number_per_image_is_reconstructed():
         supplies=QuantizerSupplies(unfolded=unfolded, held_out=HELD_OUT),
     )
     assert simulated(graph, state, integer=False).module(HELD_OUT).isfinite().all()
-
-
-@pytest.mark.parametrize("method", ["none", "analytic", "empirical", "variance", "auto"])
-def test_biases_are_corrected_as_the_recipe_says(method):
-    supplies = QuantizerSupplies(
-        unfolded=quantized.traced("residual"), held_out=HELD_OUT, bias_correction=method
-    )
-    state = run(bits="w8a8", supplies=supplies, lr_bias=0.0)  # no unit has anything to learn
-    info = state.info["bias_correction"]
-    expected = {"variance": "analytic", "auto": info["method"]}.get(method, method)
-    assert info["method"] == expected
-    assert ("distance" in info) == (method == "auto")
-    assert info["variance"] == ("analytic" if method == "variance" else "keep")
-    graph = quantized.folded("residual")
-    same = all(torch.equal(b, graph.module.get_submodule(n).bias) for n, b in state.biases.items())
-    assert same == (expected == "none")
-    # Behind the quantizer, nothing is taken off twice and what was done stays known.
-    chosen = bias.options_of(method)
-    assert bias.correct(graph, supplies.unfolded, state, quantized.calib(), chosen, device=CPU) is (
-        state
-    )
-
-
-def test_restandardized_weights_are_not_restandardized_again():
-    unfolded = quantized.traced("residual")
-    supplies = QuantizerSupplies(unfolded=unfolded, held_out=HELD_OUT, bias_correction="variance")
-    state = run(bits="w2a8", supplies=supplies, lr_bias=0.0)
-    given = (quantized.folded("residual"), unfolded, state, quantized.calib())
-    found = bias.correct(*given, bias.options_of("variance"), device=CPU)
-    for name, weight in state.weights.items():
-        assert torch.equal(found.weights[name].scale, weight.scale)
-
-
-def test_learned_biases_tell_what_they_were_learned_from():
-    supplies = QuantizerSupplies(
-        unfolded=quantized.traced("residual"), held_out=HELD_OUT, bias_correction="none"
-    )
-    state = run(supplies=supplies, keep_best=False)
-    assert state.info["learned_biases"]
-    given = (quantized.folded("residual"), supplies.unfolded, state, quantized.calib())
-    info = bias.correct(*given, bias.options_of("auto"), device=CPU).info["bias_correction"]
-    assert info["reason"] == "the quantizer learned the biases"
-    assert info["before"] == {"method": "none", "variance": "keep"}
 
 
 @pytest.mark.parametrize(("net", "wider"), [("depthwise", True), ("concat", False)])

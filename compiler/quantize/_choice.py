@@ -30,7 +30,8 @@ _LEAST = 1e-12  # a divergence that is nothing
 def judging_parts(own: Tensor, supplies: QuantizerSupplies) -> list[Tensor]:
     """Return the kinds of images that judge: those put aside, and mirrored and shifted copies.
 
-    Of few images none is put aside: then those that are held out and look like the data judge.
+    Each has four copies, fewer where they would take more than 256 MiB. Of few images none is put
+    aside: then those that are held out and look like the data judge.
 
     The images themselves have been seen by the closed form, whose statistics are those of the whole
     calibration set, and all that was made by one synthesizer has its traits, which training fits

@@ -52,7 +52,13 @@ from dfqc.compiler.opponent import MakesOpponents
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.bias import CORRECTED
 from dfqc.compiler.quantize import reconstruct, rtn
-from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
+from dfqc.compiler.quantize._choice import (
+    blind_distance,
+    correct_biases,
+    distance,
+    judging_bytes,
+    judging_parts,
+)
 from dfqc.compiler.quantize._game import Game, Part
 from dfqc.compiler.quantize._game_options import PUBLISHED_ITERATIONS, GameOptions, resolve
 from dfqc.compiler.quantize._game_start import set_up
@@ -129,7 +135,7 @@ def count_bytes(
     if options.start == "reconstruct":
         start = reconstruct.count_bytes(_start_options(options), graph, samples, memory_bytes)
     players = 4 * 6 * count_params(graph) + int(maker.count_player_bytes(graph, options))
-    return max(start, players)
+    return max(start, players + judging_bytes(graph, samples))
 
 
 def quantize(

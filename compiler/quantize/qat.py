@@ -26,7 +26,13 @@ from dfqc.compiler.options import plugin_options
 from dfqc.compiler.passes.bias import CORRECTED
 from dfqc.compiler.precision import Precision, choose_precision
 from dfqc.compiler.quantize import gptq, reconstruct, rtn
-from dfqc.compiler.quantize._choice import blind_distance, correct_biases, distance, judging_parts
+from dfqc.compiler.quantize._choice import (
+    blind_distance,
+    correct_biases,
+    distance,
+    judging_bytes,
+    judging_parts,
+)
 from dfqc.compiler.quantize._kd import Losses, Teacher
 from dfqc.compiler.quantize._student import Student, StudentOptions
 from dfqc.compiler.quantize._targets import make_targets
@@ -127,7 +133,8 @@ def count_bytes(
     weights = sum(p.numel() for p in graph.module.parameters())
     values = sum(math.prod(shape[1:]) for shape in node_shapes(graph).values())
     batch = min(options.batch_size, samples)
-    return max(ready, 4 * (_ADAM * weights + 3 * values * batch))
+    training = 4 * (_ADAM * weights + 3 * values * batch)
+    return max(ready, training + judging_bytes(graph, samples))
 
 
 def quantize(
