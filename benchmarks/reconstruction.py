@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--real-images", type=int, default=1024)
     parser.add_argument("--effort", default="quick", choices=("quick", "standard", "max"))
     parser.add_argument("--test-images", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0, help="of the images and of the quantizer")
     parser.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -116,6 +117,7 @@ def open_case(net: Net, source: str, options: argparse.Namespace) -> Case:
     flags = zip(net.flags[1::2], net.flags[2::2], strict=True)
     given: dict[str, Any] = {name[2:].replace("-", "_"): value for name, value in flags}
     given |= {"model": net.flags[0], "effort": options.effort, "samples": options.samples}
+    given["seed"] = options.seed
     if source == "real":
         given |= {"calib_data": str(net.real), "samples": min(options.real_images, net.real_count)}
     else:
@@ -155,7 +157,9 @@ def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[di
                 with machine.measured() as usage:
                     start = time.process_time()
                     state = quantize(
-                        dataclasses.replace(case, calib=calib), plan, method, options.effort
+                        *(dataclasses.replace(case, calib=calib), plan, method),
+                        effort=options.effort,
+                        seed=options.seed,
                     )
                     cpu = time.process_time() - start
                 found = predict(simulated(case.graph, state, integer=False), images)
@@ -168,6 +172,7 @@ def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[di
                     "synthesis_seconds": case.seconds,
                     "bits": bits,
                     "ends": ends,
+                    "seed": options.seed,
                     "method": method,
                     "images": len(labels),
                     "float": 100 * float((exact.argmax(1) == labels).double().mean()),
@@ -183,14 +188,14 @@ def measure(case: Case, source: str, options: argparse.Namespace) -> Iterator[di
                 }
 
 
-def quantize(case: Case, plan: Plan, method: str, effort: str) -> QuantState:
+def quantize(case: Case, plan: Plan, method: str, *, effort: str, seed: int) -> QuantState:
     """Run one method with the bias correction of a build."""
     name, overrides = METHODS[method]
     plugin = plugins.load("quantizer", name)
     effort = "max" if method == PUBLISHED else effort
     state: QuantState = plugin.quantize(
         *(case.graph, case.calib, plan, plugin_options(plugin, name, effort, overrides)),
-        rng=torch.Generator().manual_seed(0),
+        rng=torch.Generator().manual_seed(seed),
         device=CPU,
         supplies=QuantizerSupplies(
             unfolded=case.unfolded, held_out=case.held_out, fitting=case.fitting
