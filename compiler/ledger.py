@@ -110,12 +110,14 @@ def list_collapses(build: Build) -> list[str]:
 
 def _rounding(about: Mapping[str, Any]) -> dict[str, str]:
     """Return, per layer, what gave its weights their codes; empty for a method of one way."""
-    # Tuning leaves all codes as the units have them, and so does a walk for activations alone.
+    # A walk for activations alone leaves all codes as the units have them, and so does tuning, but
+    # with `tune_rounding`.
     units = [unit for unit in about.get("units", []) if unit["walk"] != "acts"]
     kept = about.get("kept", "tuned")
     if kept == "start":  # of a training, which was not better
         kept = about["start_kept"]
-    learned = kept in ("reconstructed", "tuned")
+    changed = kept == "tuned" and about.get("tuned", {}).get("flipped", 0) > 0
+    learned = kept in ("reconstructed", "tuned") and not changed
     return {
         layer: unit["winner"] if learned else kept for unit in units for layer in unit["layers"]
     }

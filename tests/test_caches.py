@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfqc.compiler.errors import UsageError
 from dfqc.compiler.quantize._caches import Budget, Cache, Spilled, fill
 
 CPU = torch.device("cpu")
@@ -56,16 +55,22 @@ def test_half_precision_takes_half():
 
 
 @pytest.mark.parametrize("limit", [None, 0])
-def test_what_half_precision_cannot_hold_is_refused(limit):
+def test_what_half_precision_cannot_hold_is_held_in_full(limit, caplog):
     rows = Cache(torch.tensor([[1.0], [65504.0], [7e4]]), Budget())
     budget = Budget(limit)
 
     def store(values):
         return fill(budget, values, rows, batch=4, device=CPU, dtype=torch.float16)
 
-    with pytest.raises(UsageError, match=r"up to 7e\+04 do not fit into float16.*cache=float32"):
-        store(lambda x: x)
     assert store(lambda x: x.clamp(max=65504)).read(slice(1, 3), CPU).max() == 65504
+    assert (budget.widened, caplog.text) == (0, "")
+    held = budget.used, budget.spilled
+    wide = store(lambda x: x)  # made anew: nothing of the first attempt stays
+    assert wide.read(slice(0, 3), CPU).tolist() == [[1.0], [65504.0], [7e4]]
+    assert budget.widened == 1
+    assert budget.used - held[0] == (12 if limit is None else 0)
+    assert "values up to 7e+04" in caplog.text
+    assert store(lambda x: x / 0).read(slice(0, 3), CPU).isinf().all()  # infinite before
     budget.close()
 
 

@@ -9,7 +9,7 @@ from dfqc.compiler.quantize._units import list_units, merge_blocks
 def make(monkeypatch, seconds, *, last=0, iterations=(10,)):
     graph = quantized.folded("residual")
     plan = quantized.plan(graph)
-    units = list_units(graph, plan, merge_blocks(graph, plan, 1, 1), "block")
+    units = list_units(graph, plan, merge_blocks(graph, set(plan.layers)), "block")
     now = [100.0]
     monkeypatch.setattr(_schedule.time, "monotonic", lambda: now[0])
     return Clock.of(graph, plan, units, iterations, last=last, seconds=seconds), units, now

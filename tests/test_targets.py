@@ -66,7 +66,7 @@ def test_ends_of_units_are_tensors_that_are_understood(net, kind):
     graph, keep, pruned = cut(net)
     targets = make_targets(pruned, Pruned(graph, keep), CPU)
     plan = quantized.plan(pruned, "w4a4")
-    blocks = targets.close_blocks(merge_blocks(pruned, plan, 1, 1))
+    blocks = targets.close_blocks(merge_blocks(pruned, set(plan.layers)))
     whole = list_units(pruned, plan, blocks, kind)
     units = targets.close_units(blocks, whole)
     ends = {end for unit in units for end in (unit.entry, unit.exit)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,7 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dfqc.compiler.errors import UsageError
+log = logging.getLogger(__name__)
+
+
+class TooLarge(ValueError):
+    """A value does not fit into the type it is to be held as."""
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Budget:
     folder: Path | None = None  # where files go; None: the system's temporary folder
     used: int = 0
     spilled: int = 0  # bytes that went to disk, for the record
+    widened: int = 0  # caches of float32 where float16 was asked for, for the record
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     def allocate(self, rows: int, shape: Sequence[int], dtype: torch.dtype) -> Cache | Spilled:
@@ -58,7 +64,7 @@ class Cache:
         return len(self.rows)
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store rows from `start` on; `UsageError` where they do not fit into float16."""
+        """Store rows from `start` on; `TooLarge` where they do not fit into float16."""
         self.rows[start : start + len(values)] = _stored(values, self.rows.dtype)
 
     def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
@@ -89,7 +95,7 @@ class Spilled:
         return self.count
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store rows from `start` on; `UsageError` where they do not fit into float16."""
+        """Store rows from `start` on; `TooLarge` where they do not fit into float16."""
         with self.path.open("r+b", buffering=0) as file:
             file.seek(start * self._row)
             file.write(_stored(values, self.dtype).contiguous().numpy().tobytes())
@@ -118,10 +124,7 @@ def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values as they are kept: float16 makes infinities of what is beyond 65,504."""
     kept = values.to("cpu", dtype)
     if dtype == torch.float16 and kept.isinf().any() and not values.isinf().any():
-        raise UsageError(
-            f"values up to {float(values.abs().max()):.4g} do not fit into float16 (65,504): give "
-            "cache=float32 or recompute, and leave weighting=fisher out"
-        )
+        raise TooLarge(f"values up to {float(values.abs().max()):.4g}, float16 ends at 65,504")
     return kept
 
 
@@ -147,12 +150,38 @@ def fill(
     dtype: torch.dtype,
 ) -> Cache | Spilled:
     """Return a cache of `function` applied to all rows of `source`, batch by batch."""
+
+    def compute(rows: slice) -> Tensor:
+        with torch.no_grad():
+            return function(source.read(rows, device))
+
+    return make_rows(budget, compute, len(source), batch=batch, dtype=dtype)
+
+
+def make_rows(
+    budget: Budget,
+    compute: Callable[[slice], Tensor],
+    count: int,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+) -> Cache | Spilled:
+    """Return a cache of what `compute` gives for all of `count` rows, batch by batch.
+
+    Where values do not fit into float16, all are made again and held as float32.
+    """
     made: Cache | Spilled | None = None
-    with torch.no_grad():
-        for start in range(0, len(source), batch):
-            value = function(source.read(slice(start, start + batch), device))
+    try:
+        for start in range(0, count, batch):
+            value = compute(slice(start, start + batch))
             if made is None:
-                made = budget.allocate(len(source), value.shape[1:], dtype)
+                made = budget.allocate(count, value.shape[1:], dtype)
             made.write(start, value)
+    except TooLarge as error:
+        assert made is not None
+        made.free()
+        log.warning("a cache is held as float32: %s", error)
+        budget.widened += 1
+        return make_rows(budget, compute, count, batch=batch, dtype=torch.float32)
     assert made is not None
     return made

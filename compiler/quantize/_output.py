@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from dfqc.compiler.quantize._caches import Budget, Cache, Spilled
+from dfqc.compiler.quantize._caches import Budget, make_rows
 from dfqc.compiler.quantize._stream import Rows
 from dfqc.compiler.quantize._train import UnitData
 from dfqc.compiler.quantize._units import Unit
@@ -43,9 +43,11 @@ def make_tail(
     options = run.options
     result = next(n for n in run.graph.module.graph.nodes if n.op == "output").args[0]
     assert isinstance(result, fx.Node)
-    if unit.exit == result.name or not (options.output_weight or options.weighting == "fisher"):
+    if not (options.output_weight or options.weighting == "fisher"):
         return Tail(None, None)
-    tail = network.float_region(unit.exit, result.name)
+    tail: nn.Module = nn.Identity()  # behind the last unit
+    if unit.exit != result.name:
+        tail = network.float_region(unit.exit, result.name)
     weighting = None
     if options.weighting == "fisher":
         weighting = _fisher_weights(region, tail, data, budget, options.pass_size, run.device)
@@ -58,7 +60,7 @@ def make_tail(
 
 
 def _output_penalty(
-    tail: fx.GraphModule, target: Rows, weight: float, temperature: float, device: torch.device
+    tail: nn.Module, target: Rows, weight: float, temperature: float, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return weight * KL(float output || output behind the unit), at a temperature."""
 
@@ -85,25 +87,22 @@ def divergence(wanted: Tensor, found: Tensor, temperature: float = 1.0) -> Tenso
 
 def _fisher_weights(
     region: fx.GraphModule,
-    tail: fx.GraphModule,
+    tail: nn.Module,
     data: UnitData,
     budget: Budget,
     batch: int,
     device: torch.device,
 ) -> Rows:
     """Return |dKL/d(unit's output)| + 1 of every image, in half precision."""
-    held: Cache | Spilled | None = None
-    for start in range(0, len(data.quantized), batch):
-        rows = slice(start, start + batch)
+
+    def weights(rows: slice) -> Tensor:
         with torch.no_grad():
             output = region(data.quantized.read(rows, device))
             wanted = tail(data.target.read(rows, device))
         output = output.detach().requires_grad_()
-        loss = len(output) * divergence(wanted, tail(output))
-        (slope,) = torch.autograd.grad(loss, output)
-        weights = slope.abs() + 1
-        if held is None:
-            held = budget.allocate(len(data.quantized), weights.shape[1:], torch.float16)
-        held.write(start, weights)
-    assert held is not None
-    return held
+        with torch.enable_grad():
+            loss = len(output) * divergence(wanted, tail(output))
+        slope: Tensor = torch.autograd.grad(loss, output)[0]
+        return slope.abs() + 1
+
+    return make_rows(budget, weights, len(data.quantized), batch=batch, dtype=torch.float16)

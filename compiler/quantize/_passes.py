@@ -45,6 +45,7 @@ from dfqc.compiler.spec import MAX_BITS, Plan
 if TYPE_CHECKING:
     from dfqc.compiler.quantize.reconstruct import Options
 
+DONE, TUNED = "reconstructed", "tuned"  # what all passes give, and that tuned as a whole
 STEPS = "steps"  # the candidate whose rounding is that of the start
 _CACHE_SHARE = 0.5  # of the memory that is left; without a limit, of half of the machine's
 _SEED_STEP = 10_007  # between the seeds of two passes
@@ -99,7 +100,11 @@ class Run:
         self, progress: Progress, supplies: QuantizerSupplies, seconds: float | None
     ) -> tuple[dict[str, QuantState], dict[str, Any]]:
         """Return the reconstructed state, that one tuned as a whole, and notes for the manifest."""
-        blocks = merge_blocks(self.graph, self.plan, self.options.merge, self.options.least_layers)
+        planned = {one.name for one in self.plan.layers.values() if one.weight is not None}
+        options = self.options
+        blocks = merge_blocks(
+            self.graph, planned, options.merge, options.least_layers, options.join
+        )
         blocks = self.targets.close_blocks(blocks)
         units = list_units(self.graph, self.plan, blocks, self.options.unit)
         units = self.targets.close_units(blocks, units)
@@ -140,10 +145,10 @@ class Run:
             (state,) = states.values()
             notes = _notes(decisions, budget)
             notes["shortened"] |= any(s.info.get("shortened", False) for s in self.ready.values())
-            candidates = {"reconstructed": state}
+            candidates = {DONE: state}
             if last:
                 tuned, notes["tuned"] = self._tune(state, budget, clock, report, supplies)
-                candidates["tuned"] = tuned
+                candidates[TUNED] = tuned
                 notes["shortened"] |= notes["tuned"]["shortened"]
         finally:
             budget.close()
@@ -218,6 +223,7 @@ def _notes(decisions: Sequence[Decision], budget: Budget) -> dict[str, Any]:
             if isinstance(phase, dict)
         ),
         "spilled_bytes": budget.spilled,
+        "widened_caches": budget.widened,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from dfqc.compiler.contracts import QParams, QTensor, QuantState
+from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Block, Graph, blocks
 from dfqc.compiler.operators import output_end
 from dfqc.compiler.spec import LayerPlan, Plan
@@ -51,25 +52,64 @@ class UnitState:
         )
 
 
-def merge_blocks(graph: Graph, plan: Plan, count: int, least: int) -> list[Block]:
-    """Return the blocks with planned layers, `count` neighbors taken together (Ma et al. 2023).
+def merge_blocks(
+    graph: Graph, planned: Collection[str], count: int = 1, least: int = 1, join: str = ""
+) -> list[Block]:
+    """Return the blocks with planned layers, some neighbors taken together (Ma et al. 2023).
 
     In a plain chain, where every layer is a block, so many are taken together that each has
     `least` layers. What lies between them, and blocks without planned layers, belongs to the block
     before.
+
+    Args:
+        graph: the network.
+        planned: names of the layers that count.
+        count: how many neighbors are one.
+        least: layers of each.
+        join: which neighbors are one beside that, as FIRST..LAST,FIRST..LAST.
+
+    Raises:
+        UsageError: `join` names a block that is not there, or nothing that can be joined.
     """
-    planned = {layer.name for layer in plan.layers.values() if layer.weight is not None}
+    every = blocks(graph)
+    spans = _read_spans([block.name for block in every], join) if join else {}
     groups: list[list[Block]] = []
-    for block in blocks(graph):
+    for place, block in enumerate(every):
         busy = any(name in planned for name in block.layers)
-        full = not groups or (busy and _is_full(groups[-1], planned, count, least))
-        if full:
+        if place in spans:
+            full = spans[place] == place
+        elif place - 1 in spans:
+            full = busy
+        else:
+            full = busy and bool(groups) and _is_full(groups[-1], planned, count, least)
+        if full or not groups:
             groups.append([])
         groups[-1].append(block)
     return [join_blocks(group) for group in groups]
 
 
-def _is_full(group: Sequence[Block], planned: set[str], count: int, least: int) -> bool:
+def _read_spans(names: Sequence[str], join: str) -> dict[int, int]:
+    """Return, for the places of all blocks that `join` names, that of the first of its span."""
+    places = {name: place for place, name in enumerate(names)}
+    found: dict[int, int] = {}
+    for text in join.split(","):
+        first, dots, last = text.strip().partition("..")
+        if not dots or first not in places or last not in places:
+            raise UsageError(
+                f"join: expected FIRST..LAST with the names of two blocks, got {text.strip()!r}; "
+                f"the blocks are: {', '.join(names)}"
+            )
+        span = range(places[first], places[last] + 1)
+        if len(span) < 2 or any(place in found for place in span):
+            raise UsageError(
+                f"join: {text.strip()} does not run from a block to a later one, or shares a block "
+                f"with another; the blocks are, in order: {', '.join(names)}"
+            )
+        found.update(dict.fromkeys(span, span[0]))
+    return found
+
+
+def _is_full(group: Sequence[Block], planned: Collection[str], count: int, least: int) -> bool:
     busy = [[name for name in block.layers if name in planned] for block in group]
     return sum(map(bool, busy)) >= count and sum(map(len, busy)) >= least
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dfqc.compiler.quantize import reconstruct
+from dfqc.compiler.quantize import _check, reconstruct
 
 
 class Options(reconstruct.Published):
@@ -46,3 +46,4 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 count_passes, count_bytes = reconstruct.count_passes, reconstruct.count_bytes
 quantize = reconstruct.named("genie-m")
+check_given = _check.check_given("genie-m")

@@ -101,7 +101,7 @@ def count_bytes(
     layers = [graph.module.get_submodule(name) for name, _ in layer_nodes(graph)]
     room = hessian_room(memory_bytes)
     largest = max((size for size in map(hessian_bytes, layers) if size <= room), default=0)
-    walked = max(0, memory_bytes // 2 - largest) if memory_bytes else MEMORY_BYTES
+    walked = max(0, _image_room(memory_bytes, largest))
     return min(walked, min(options.images, samples) * 2 * live_bytes(graph)) + largest
 
 
@@ -220,6 +220,9 @@ class _Rounder:
         walk = Walk(self.graph, self.plan, self.acts, paired=paired, device=device)
         used = min(len(images), options.images, self._count_fitting(walk.bytes_per_image, memory))
         self.info["images"] = used
+        if used < (asked := min(len(images), options.images)):
+            level = logging.INFO if memory is None else logging.WARNING
+            log.log(level, "gptq: measured on %d of %d images: memory holds no more", used, asked)
         walk.run(images[:used], self._decide, batch=options.batch_size, deadline=deadline)
 
     def state(self) -> QuantState:
@@ -315,13 +318,17 @@ class _Rounder:
         """
         modules = [self.graph.module.get_submodule(layer.name) for layer in self._planned()]
         largest = max((hessian_bytes(m) for m in modules if self._can_measure(m)), default=0)
-        room = memory // 2 - largest if memory else MEMORY_BYTES // 2
-        return max(1, room // max(1, per_image))
+        return max(1, _image_room(memory, largest) // max(1, per_image))
 
     def _can_measure(self, module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
         """Report whether a layer has a Hessian that fits."""
         known = isinstance(module, (nn.Conv2d, nn.Linear))
         return known and hessian_bytes(module) <= self.room
+
+
+def _image_room(memory: int | None, largest: int) -> int:
+    """Return the bytes that images may take beside the largest Hessian."""
+    return memory // 2 - largest if memory else MEMORY_BYTES // 2
 
 
 def _mean_error(weight: Tensor, rounded: Tensor, moments: SecondMoments) -> Tensor:

@@ -20,11 +20,11 @@ import torch
 from pydantic import ConfigDict, Field
 
 from dfqc.compiler.contracts import CalibSet, Progress, QuantizerSupplies, QuantState, silent
-from dfqc.compiler.errors import UsageError
-from dfqc.compiler.graph import Graph, blocks, layer_nodes, node_shapes, on_device
-from dfqc.compiler.judging import Copies, split_judges
+from dfqc.compiler.graph import Graph, layer_nodes, node_shapes, on_device
+from dfqc.compiler.judging import Copies, count_judges, split_judges
 from dfqc.compiler.passes.bias import CORRECTED
-from dfqc.compiler.quantize import gptq, rtn, squant
+from dfqc.compiler.quantize import _check, gptq, rtn, squant
+from dfqc.compiler.quantize._check import check_options
 from dfqc.compiler.quantize._choice import (
     correct_biases,
     judging_bytes,
@@ -33,11 +33,11 @@ from dfqc.compiler.quantize._choice import (
     led_astray,
 )
 from dfqc.compiler.quantize._micro import estimate_bytes
-from dfqc.compiler.quantize._passes import Run, cache_bytes, plan_passes
+from dfqc.compiler.quantize._passes import TUNED, Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
 from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.quantize._train import TrainOptions
-from dfqc.compiler.quantize._units import UnitKind
+from dfqc.compiler.quantize._units import UnitKind, merge_blocks
 from dfqc.compiler.quantize._walker import CLOSED, NEAREST
 from dfqc.compiler.spec import Plan
 
@@ -56,6 +56,9 @@ class Options(TrainOptions):
     relative: bool = True
     unit: UnitKind = "block"
     merge: int = Field(1, ge=1, description="neighboring blocks per unit (MRECG)")
+    join: str = Field(
+        "", description="neighboring blocks that are one unit, as FIRST..LAST,FIRST..LAST (MRECG)"
+    )
     least_layers: int = Field(2, ge=1, description="per unit, where a block has fewer")
     step_share: float = Field(
         0.4, ge=0, lt=1, description="of the iterations before rounding is learned too"
@@ -149,13 +152,31 @@ def count_bytes(
     if options.cache == "recompute":
         return max(closed, learning) + judging_bytes(graph, samples)
     width = 2 if options.cache == "float16" else 4
-    shapes = node_shapes(graph)
-    spans = [(block.entry, block.exit) for block in blocks(graph)]
-    if options.unit == "layer":
-        spans = [(node.all_input_nodes[0].name, node.name) for _, node in layer_nodes(graph)]
-    most = max((2 * math.prod(shapes[a]) + math.prod(shapes[b]) for a, b in spans), default=0)
-    cached = min(cache_bytes(memory_bytes), width * options.copies * samples * most)
+    rows = options.copies * (samples - count_judges(samples)) + _CHOOSING
+    cached = min(cache_bytes(memory_bytes), int(rows * _cached_values(options, graph, width)))
     return max(closed, learning + cached) + judging_bytes(graph, samples)
+
+
+def _cached_values(options: Options, graph: Graph, width: int) -> float:
+    """Return the bytes that caches hold per image where they hold most, each value of `width`.
+
+    In a unit: its inputs of both networks and its target, Fisher's weights of half the width of
+    float32 beside it; a layer's unit, those of its block too. Between two units: the next one's
+    inputs, and the last one's in the quantized network.
+    """
+    size = {name: math.prod(shape) for name, shape in node_shapes(graph).items()}
+    nodes = dict(layer_nodes(graph))
+    regions = merge_blocks(graph, nodes, options.merge, options.least_layers, options.join)
+    fisher = 2.0 if options.weighting == "fisher" else 0.0
+    most = 0.0
+    for block in regions:
+        entry, end = size[block.entry], size[block.exit]
+        held = [2 * entry + end, entry + 2 * end] if options.unit == "block" else [entry + 2 * end]
+        for name in block.layers if options.unit == "layer" else ():
+            into, out = size[nodes[name].all_input_nodes[0].name], size[nodes[name].name]
+            held.append(2 * entry + 2 * into + out)
+        most = max(most, width * max(held) + fisher * end)
+    return most
 
 
 def named(name: str) -> Callable[..., QuantState]:
@@ -194,6 +215,7 @@ def named(name: str) -> Callable[..., QuantState]:
 
 
 quantize = named("reconstruct")
+check_given = _check.check_given("reconstruct")
 
 
 def _reconstruct(
@@ -208,7 +230,7 @@ def _reconstruct(
     supplies: QuantizerSupplies,
 ) -> QuantState:
     """Run the loop; see `named`."""
-    _check(options)
+    check_options(options)
     start = time.monotonic()
     graph = on_device(graph, device)
     images, own = split_judges(calib.images)  # what judges is not fitted to
@@ -226,7 +248,7 @@ def _reconstruct(
     learned, notes = run.all_passes(progress, supplies, left)
     state = list(learned.values())[-1]
     info = {"quantizer": name, "start": options.start, **notes}
-    info["learned_biases"] = options.lr_bias > 0
+    info["learned_biases"] = _learns_biases(options, list(learned)[-1])
     if options.keep_best:
         states = {**ready, **learned}
         state, scores = keep_best(graph, states, judges, targets, device)
@@ -237,29 +259,19 @@ def _reconstruct(
             kept = min(able, key=lambda name: scores[name])
             state, info = states[kept], {**info, "led_astray": astray, "matched_distance": beyond}
         info |= {"kept": kept, "heldout_distance": scores}
-        info["learned_biases"] = kept in learned and options.lr_bias > 0
+        info["learned_biases"] = kept in learned and _learns_biases(options, kept)
     info[CORRECTED] = info.get("kept") in ready
     return dataclasses.replace(state, info={**state.info, **info})
+
+
+def _learns_biases(options: Options, kept: str) -> bool:
+    """Report whether biases of what was learned are fitted: another correction would undo that."""
+    return options.lr_bias > 0 or (kept == TUNED and options.tune_rate > 0)
 
 
 def _begun(options: Options) -> tuple[str, ...]:
     """Name the ready states that units begin with, and fall back to."""
     return (NEAREST, CLOSED) if options.start == "closed" else (NEAREST,)
-
-
-def _check(options: Options) -> None:
-    if options.unit == "layer" and (options.output_weight or options.weighting != "none"):
-        raise UsageError(
-            "unit=layer: output_weight and weighting=fisher follow a unit's output to the end of "
-            "the network, which needs unit=block"
-        )
-    if options.inputs == "mixed" and not options.drop:
-        raise UsageError(
-            "inputs=mixed: draws elements of the float input by the share drop, got drop=0; give a "
-            "drop above 0, or inputs=quantized"
-        )
-    if options.unit == "layer" and options.merge > 1:
-        raise UsageError("merge: takes blocks together, got unit=layer; use unit=block")
 
 
 def _ready(
