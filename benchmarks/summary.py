@@ -18,11 +18,6 @@ OTHERS = ("reconstruction_speed",)  # against the published loop
 # Measured before `gptq` tried other scales and took a part of its Hessian from batch norms.
 EARLIER = (
     "reconstruction_adadfq",
-    "reconstruction_mobilenet_same_ends",
-    "reconstruction_nothing",
-    "reconstruction_real_mobilenet",
-    "reconstruction_real_more",
-    "reconstruction_resnet56_same_ends",
     "reconstruction_undecided",
 )
 OF_CLOSED_FORM = ("gptq", "reconstruct", "undecided")  # in the names of what it concerns
