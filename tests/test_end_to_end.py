@@ -292,7 +292,8 @@ def test_verify_eval_bench_and_inspect_read_what_build_wrote(shared, capsys):
 
 def test_no_bias_correction_reaches_the_quantizer_and_the_manifest(shared, capsys):
     """Neither before the learning nor behind it."""
-    given = ("--bits", "w4a4", "--bias-correction", "none", "--quantizer-option", "lr_bias=0")
+    given = ("--bits", "w4a4", "--bias-correction", "none")
+    given += ("--quantizer-option", "lr_bias=0", "--quantizer-option", "tune_iterations=0")
     about = build(capsys, shared, *given, output="uncorrected")["quantization"]["bias_correction"]
     nothing = {"method": "none", "variance": "keep"}
     assert about == {**nothing, "before": nothing}

@@ -42,12 +42,14 @@ def run(net="residual", bits="w3a3", *, calib=None, options=reconstruct.Options,
         ({"tune_iterations": 0, "tune_rate": 0.1}, "tune_rate is read with tune_iterations above"),
         ({"unit": "layer", "least_layers": 3}, "least_layers is read with unit=block only"),
         ({"keep_best": False, "compete": False}, "compete is read with keep_best=true only"),
+        ({"join": "a..b", "merge": 2}, "got merge=2 beside it"),
+        ({"unit": "layer", "merge": 2}, "takes blocks together"),
         ({"percentile": 99.0}, "percentile is read with acts=percentile only"),
     ],
     ids=str,
 )
 def test_options_that_would_not_be_read_are_refused(given, message):
-    with pytest.raises(UsageError, match=f"^reconstruct: .*{message}"):
+    with pytest.raises(UsageError, match=message):
         plugin_options(reconstruct, "reconstruct", "quick", given)
 
 
@@ -82,6 +84,20 @@ def test_named_blocks_are_one_unit():
     assert units == [names[0], f"{names[1]}..{names[2]}", *names[3:]]
 
 
+def test_nothing_but_what_has_no_weights_joins_what_is_named():
+    graph = quantized.folded("residual")
+    conv, first, second, head, *_ = [block.name for block in blocks(graph)]
+    layers = {name for name, _ in layer_nodes(graph) if not name.startswith(second)}
+    found = merge_blocks(graph, layers, 1, 10, f"{conv}..{first}")
+    assert [block.name for block in found] == [f"{conv}..{second}", head]
+
+
+def test_a_wrong_name_ends_it_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(reconstruct, "_ready", None)
+    with pytest.raises(UsageError, match="the blocks are: "):
+        run(join="nothing..else")
+
+
 @pytest.mark.parametrize(
     ("join", "message"),
     [
@@ -100,12 +116,19 @@ def test_blocks_that_cannot_be_joined_are_refused(join, message):
         merge_blocks(graph, dict(layer_nodes(graph)), join=join.format(*names))
 
 
-@pytest.mark.parametrize("unit", ["block", "layer"])
-@pytest.mark.parametrize("options", [{}, {"merge": 2}, {"weighting": "fisher"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"unit": "layer"},
+        {"merge": 2},
+        {"weighting": "fisher"},
+        {"weighting": "fisher", "cache": "recompute"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("net", ["residual", "depthwise", "concat"])
-def test_what_caches_hold_is_known_before(net, unit, options, monkeypatch):
-    if unit == "layer" and options:
-        return
+def test_what_caches_hold_is_known_before(net, options, monkeypatch):
     most = [0]
 
     class Watched(_caches.Budget):
@@ -115,10 +138,11 @@ def test_what_caches_hold_is_known_before(net, unit, options, monkeypatch):
 
     monkeypatch.setattr(_passes, "Budget", Watched)
     monkeypatch.setattr(reconstruct, "_CHOOSING", 16)  # all that there are
-    chosen = {"unit": unit, "copies": 2, "least_layers": 1, "skip_wide": False, **options}
+    chosen = {"copies": 2, "least_layers": 1, "skip_wide": False, **options}
     run(net, calib=quantized.calib(96), keep_best=True, tune_iterations=0, **chosen)
     graph, asked = quantized.folded(net), reconstruct.Options(batch_size=1, **chosen)
-    planned = (2 * 72 + 16) * reconstruct._cached_values(asked, graph, 4)
+    width = 0 if asked.cache == "recompute" else 4
+    planned = (2 * 72 + 16) * reconstruct._cached_values(asked, graph, width)
     assert most[0] <= planned <= 1.6 * most[0]
 
 

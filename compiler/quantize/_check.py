@@ -41,10 +41,11 @@ _READ_WITH: dict[str, tuple[tuple[str, ...], Callable[[Options], bool]]] = {
 def check_given(name: str) -> Callable[[Options, Sequence[str]], None]:
     """Return the check of what a user gave to the plug-in of that name: see `plugin_options`.
 
-    The check raises `UsageError` for options that the others leave without effect.
+    The check raises `UsageError` for options that the others exclude, or leave without effect.
     """
 
     def check(options: Options, given: Sequence[str]) -> None:
+        check_options(options)
         for needed, (names, is_chosen) in _READ_WITH.items():
             unread = [one for one in names if one in given]
             if unread and not is_chosen(options):

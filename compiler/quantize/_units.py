@@ -72,24 +72,31 @@ def merge_blocks(
         UsageError: `join` names a block that is not there, or nothing that can be joined.
     """
     every = blocks(graph)
-    spans = _read_spans([block.name for block in every], join) if join else {}
+    spans = read_spans(graph, join)
+    closed = False  # whether the last group is one that `join` names
     groups: list[list[Block]] = []
     for place, block in enumerate(every):
         busy = any(name in planned for name in block.layers)
         if place in spans:
             full = spans[place] == place
-        elif place - 1 in spans:
-            full = busy
         else:
-            full = busy and bool(groups) and _is_full(groups[-1], planned, count, least)
+            full = busy and bool(groups) and (closed or _is_full(groups[-1], planned, count, least))
         if full or not groups:
             groups.append([])
+            closed = place in spans
         groups[-1].append(block)
     return [join_blocks(group) for group in groups]
 
 
-def _read_spans(names: Sequence[str], join: str) -> dict[int, int]:
-    """Return, for the places of all blocks that `join` names, that of the first of its span."""
+def read_spans(graph: Graph, join: str) -> dict[int, int]:
+    """Return, for the places of all blocks that `join` names, that of the first of its span.
+
+    Raises:
+        UsageError: see `merge_blocks`.
+    """
+    if not join:
+        return {}
+    names = [block.name for block in blocks(graph)]
     places = {name: place for place, name in enumerate(names)}
     found: dict[int, int] = {}
     for text in join.split(","):

@@ -37,7 +37,7 @@ from dfqc.compiler.quantize._passes import TUNED, Run, cache_bytes, plan_passes
 from dfqc.compiler.quantize._stream import CacheKind
 from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.quantize._train import TrainOptions
-from dfqc.compiler.quantize._units import UnitKind, merge_blocks
+from dfqc.compiler.quantize._units import UnitKind, merge_blocks, read_spans
 from dfqc.compiler.quantize._walker import CLOSED, NEAREST
 from dfqc.compiler.spec import Plan
 
@@ -149,9 +149,7 @@ def count_bytes(
     """Return what is kept: a unit's inputs and outputs, or what the closed form keeps."""
     closed = gptq.count_bytes(gptq.Options.model_validate({}), graph, samples, memory_bytes)
     learning = estimate_bytes(graph, min(options.batch_size, samples), memory_bytes)
-    if options.cache == "recompute":
-        return max(closed, learning) + judging_bytes(graph, samples)
-    width = 2 if options.cache == "float16" else 4
+    width = {"float32": 4, "float16": 2, "recompute": 0}[options.cache]
     rows = options.copies * (samples - count_judges(samples)) + _CHOOSING
     cached = min(cache_bytes(memory_bytes), int(rows * _cached_values(options, graph, width)))
     return max(closed, learning + cached) + judging_bytes(graph, samples)
@@ -231,6 +229,7 @@ def _reconstruct(
 ) -> QuantState:
     """Run the loop; see `named`."""
     check_options(options)
+    read_spans(graph, options.join)  # a wrong name ends this here, not behind the closed form
     start = time.monotonic()
     graph = on_device(graph, device)
     images, own = split_judges(calib.images)  # what judges is not fitted to
