@@ -81,6 +81,7 @@ def _bits(raw: Mapping[str, int]) -> str:
 _OWN = (
     *("last", "collapsed", "start", "hessian", "images", "rounded_to_nearest", "spilled_bytes"),
     *("ranges_from_images", "layers_with_norms", "led_astray", "matched_distance"),
+    "widened_caches",
 )
 
 

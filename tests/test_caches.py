@@ -71,6 +71,9 @@ def test_what_half_precision_cannot_hold_is_held_in_full(limit, caplog):
     assert budget.used - held[0] == (12 if limit is None else 0)
     assert "values up to 7e+04" in caplog.text
     assert store(lambda x: x / 0).read(slice(0, 3), CPU).isinf().all()  # infinite before
+    assert budget.widened == 1
+    store(lambda x: torch.cat((x[:1] / 0, x[1:])))  # another one is not
+    assert budget.widened == 2
     budget.close()
 
 

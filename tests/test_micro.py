@@ -20,6 +20,13 @@ def test_what_grows_with_rows_is_counted_and_parameters_are_not():
     assert rows_at_once(module, row, 11 * per_row - 1) == 10
 
 
+def test_tensors_stay_small_on_a_cpu():
+    # The larger of the two that are kept decides, not the weight, which does not grow.
+    module = nn.Sequential(nn.Linear(1 << 12, 1 << 14), nn.ReLU(), nn.Linear(1 << 14, 2))
+    row = torch.randn(1, 1 << 12)
+    assert rows_at_once(module, row, 1 << 40) == (16 << 20) // (4 << 14)
+
+
 def test_one_row_always_fits():
     assert rows_at_once(nn.Linear(8, 8), torch.randn(1, 8), 1) == 1
 

@@ -45,6 +45,14 @@ def run(net="residual", bits="w3a3", *, calib=None, options=reconstruct.Options,
         ({"join": "a..b", "merge": 2}, "got merge=2 beside it"),
         ({"unit": "layer", "merge": 2}, "takes blocks together"),
         ({"percentile": 99.0}, "percentile is read with acts=percentile only"),
+        ({"lr_rounding": 0, "undecided": 0.2}, "undecided is read with lr_rounding above 0 only"),
+        ({"error_weight": 0, "norm": 2.4}, "norm is read with error_weight above 0 only"),
+        ({"order": "weights-first", "lr_act_scale": 0.1}, "lr_act_scale is read with order=joint"),
+        (
+            {"order": "weights-first", "inputs": "quantized", "drop": 0.2},
+            "drop is read with order=joint, or inputs=mixed, only",
+        ),
+        ({"tune_rate": 0, "tune_temperature": 1.0}, "tune_rate or tune_rounding above 0 only"),
     ],
     ids=str,
 )
@@ -64,6 +72,15 @@ def test_what_a_preset_sets_is_read(name, effort):
     if name != "brecq":
         with pytest.raises(UsageError, match=f"^{name}: lr_act_second is read with"):
             plugin_options(plugin, name, effort, {"lr_act_second": 0.1})
+
+
+def test_rounding_that_is_not_learned_needs_no_loss_that_decides_it():
+    chosen = {"rounding": "soft", "lr_rounding": 0, "tune_iterations": 0, "keep_best": False}
+    fixed = run(**chosen, lr_weight_scale=0, lr_bias=0.1)
+    free = run(**chosen, lr_weight_scale=0, lr_bias=0)
+    for name, weight in free.weights.items():
+        torch.testing.assert_close(fixed.weights[name].codes, weight.codes, rtol=0, atol=0)
+    assert any(not torch.equal(fixed.biases[name], bias) for name, bias in free.biases.items())
 
 
 def test_named_blocks_are_one_unit():

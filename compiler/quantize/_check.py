@@ -20,9 +20,19 @@ _READ_WITH: dict[str, tuple[tuple[str, ...], Callable[[Options], bool]]] = {
         ("warm_up", "power_start", "power_end"),
         lambda options: options.round_weight > 0,
     ),
+    "lr_rounding above 0": (
+        ("round_weight", "warm_up", "power_start", "power_end", "undecided"),
+        lambda options: options.lr_rounding > 0,
+    ),
+    "error_weight above 0": (("norm", "weighting"), lambda options: options.error_weight > 0),
     "order=weights-first": (
         ("act_iterations", "lr_act_second"),
         lambda options: options.order == "weights-first",
+    ),
+    "order=joint": (("lr_act_scale",), lambda options: options.order == "joint"),
+    "order=joint, or inputs=mixed,": (  # weights alone read it for their inputs only
+        ("drop",),
+        lambda options: options.order == "joint" or options.inputs == "mixed",
     ),
     "output_weight above 0": (
         ("output_temperature",),
@@ -31,6 +41,10 @@ _READ_WITH: dict[str, tuple[tuple[str, ...], Callable[[Options], bool]]] = {
     "tune_iterations above 0": (
         ("tune_rate", "tune_rounding", "tune_temperature"),
         lambda options: options.tune_iterations > 0,
+    ),
+    "tune_rate or tune_rounding above 0": (
+        ("tune_temperature",),
+        lambda options: options.tune_rate > 0 or options.tune_rounding > 0,
     ),
     "unit=block": (("least_layers", "join"), lambda options: options.unit == "block"),
     "keep_best=true": (("compete",), lambda options: options.keep_best),

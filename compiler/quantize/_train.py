@@ -125,7 +125,8 @@ def train_unit(
             loss = loss * (len(part) / len(index))
             losses[steps.done] += loss.detach()
             loss.backward()
-        if options.round_weight and steps.fraction >= options.warm_up:
+        deciding = options.round_weight and options.lr_rounding
+        if deciding and steps.fraction >= options.warm_up:
             power = _power(steps.fraction, options)
             soft = [layer.undecided(power) for layer in layers if isinstance(layer, SoftRounding)]
             if soft:
