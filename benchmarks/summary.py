@@ -15,17 +15,10 @@ from typing import Any
 from reconstruction import METHODS
 
 OTHERS = ("reconstruction_speed",)  # against the published loop
-# Measured before `gptq` tried other scales and took a part of its Hessian from batch norms.
-EARLIER = (
-    "reconstruction_adadfq",
-    "reconstruction_undecided",
-)
-OF_CLOSED_FORM = ("gptq", "reconstruct", "undecided")  # in the names of what it concerns
 LEGEND = (
     "Drops of top-1 in points, by the simulation; from the tables `reconstruction_*.md`, which "
     "have the commands, agreement, seconds and memory. Ends `w8a8`: 8-bit first and last layer; "
-    "`same`: k bits everywhere. Bold: the smallest drop of the line. Empty: not run. †: measured "
-    "before `gptq` tried other scales and took a part of its Hessian from batch norms."
+    "`same`: k bits everywhere. Bold: the smallest drop of the line. Empty: not run."
 )
 BITS = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
 
@@ -37,10 +30,7 @@ def main() -> int:
     prefix: Path = parser.parse_args().prefix
     files = sorted(prefix.parent.glob(f"{prefix.name}_*.json"))
     rows = [
-        row | {"earlier": file.stem in EARLIER}
-        for file in files
-        if file.stem not in OTHERS
-        for row in json.loads(file.read_text())
+        row for file in files if file.stem not in OTHERS for row in json.loads(file.read_text())
     ]
     table = render(rows)
     prefix.with_suffix(".md").write_text(table, encoding="utf-8")
@@ -70,7 +60,7 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
         found = lines[key]
         drops = {method: row["float"] - row["top1"] for method, row in found.items()}
         least = min(drops.values())
-        cells = [_cell(drops.get(m), least) + _mark(found.get(m)) for m in methods]
+        cells = [_cell(drops.get(m), least) for m in methods]
         net, images, calibration, ends, bits = key
         exact = next(iter(found.values()))["float"]
         shown = [net, f"{exact:.2f}", str(images), calibration, ends, bits, *cells]
@@ -82,11 +72,6 @@ def _cell(drop: float | None, least: float) -> str:
     if drop is None:
         return ""
     return f"**{drop:.2f}**" if drop <= least + 1e-9 else f"{drop:.2f}"
-
-
-def _mark(row: dict[str, Any] | None) -> str:
-    concerned = row and row["earlier"] and any(part in row["method"] for part in OF_CLOSED_FORM)
-    return "†" if concerned else ""
 
 
 if __name__ == "__main__":

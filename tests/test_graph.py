@@ -14,6 +14,7 @@ from dfqc.compiler.graph import (
     count_macs,
     count_params,
     has_batch_norm,
+    images_at_once,
     layer_nodes,
     node_shapes,
     verify,
@@ -254,3 +255,14 @@ def test_verify_names_the_stage_and_the_fault(break_it, match):
     break_it(graph)
     with pytest.raises(GraphError, match=f"prune: .*{match}"):
         verify(graph, "prune")
+
+
+def test_images_at_once_keep_activations_small_on_a_cpu(monkeypatch):
+    graph = models.trace_tiny("residual")
+    largest = max(4 * torch.Size(shape).numel() for shape in node_shapes(graph).values())
+    monkeypatch.setattr("dfqc.compiler.graph.TENSOR_BYTES", 10 * largest + 1)
+    assert images_at_once(graph, 64, torch.device("cpu")) == 10
+    assert images_at_once(graph, 4, torch.device("cpu")) == 4
+    assert images_at_once(graph, 64, torch.device("cuda")) == 64
+    monkeypatch.setattr("dfqc.compiler.graph.TENSOR_BYTES", largest - 1)
+    assert images_at_once(graph, 64, torch.device("cpu")) == 1

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from dfqc.compiler import affine
 from dfqc.compiler.contracts import CalibSet, Progress, QTensor, QuantState, silent
-from dfqc.compiler.graph import Graph, node_shapes
+from dfqc.compiler.graph import Graph, images_at_once, node_shapes
 from dfqc.compiler.moments import folded_inputs, folded_moments
 from dfqc.compiler.passes._empirical import empirical_biases
 from dfqc.compiler.quantize.rtn import layer_bias, smallest_weight_scale
@@ -114,7 +114,7 @@ def correct(
 
     @functools.cache
     def measured(count: int) -> dict[str, Tensor]:
-        batch = options.batch_size
+        batch = images_at_once(graph, options.batch_size, device)
         return empirical_biases(
             graph, state, images[:count], batch=batch, device=device, progress=progress
         )
@@ -141,7 +141,11 @@ def correct(
         return fit(options.method, len(images))
     seen, judges = _judges(images) if held_out is None else (len(images), _spread(held_out))
     methods = _MEASURED if state.info.get("restored_means") else METHODS
-    scores = {m: output_distance(graph, fit(m, seen), judges, device=device) for m in methods}
+    batch = images_at_once(graph, options.batch_size, device)
+    scores = {
+        method: output_distance(graph, fit(method, seen), judges, device=device, batch=batch)
+        for method in methods
+    }
     best = min(methods, key=lambda method: scores[method])
     log.info("bias correction: %s of %s", best, scores)
     chosen = fit(best, len(images))

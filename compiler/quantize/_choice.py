@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dfqc.compiler.contracts import CalibSet, QuantizerSupplies, QuantState
-from dfqc.compiler.graph import Graph
+from dfqc.compiler.graph import Graph, images_at_once
 from dfqc.compiler.judging import augmented, count_judges, mean_divergence
 from dfqc.compiler.passes import bias
 from dfqc.compiler.quantize._targets import Targets
@@ -140,8 +140,9 @@ def distance(
     device: torch.device,
 ) -> float:
     """Return how far a state's network is from the float one: see `keep_best`."""
+    batch = images_at_once(graph, 32, device)
     found = [
-        bias.output_distance(graph, state, part, device=device, exact=targets.graph)
+        bias.output_distance(graph, state, part, device=device, batch=batch, exact=targets.graph)
         for part in judges
     ]
     return mean_divergence(found)
@@ -152,7 +153,8 @@ def blind_distance(judges: Sequence[Tensor], targets: Targets, device: torch.dev
     found = []
     for part in judges:
         with torch.inference_mode():
-            chunks = [targets.graph.module(chunk.to(device)) for chunk in part.split(32)]
+            batch = images_at_once(targets.graph, 32, device)
+            chunks = [targets.graph.module(chunk.to(device)) for chunk in part.split(batch)]
             output = torch.cat(chunks).double()
         if output.dim() < 2 or output.shape[1] < 2:
             spread = (output - output.mean(0)).square().sum()

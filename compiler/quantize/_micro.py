@@ -12,14 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dfqc.compiler.graph import Graph, node_shapes
+from dfqc.compiler.graph import TENSOR_BYTES, Graph, node_shapes
 
 _MEMORY, _SHARE = 8 << 30, 0.25  # without a limit; what of it may hold activations
 _KEPT = 2.4  # of every activation; ResNet-20 and MobileNetV1: 2.3, 1.7
-# Bytes of one activation on a CPU. The allocator maps what is larger anew for every operator, and
-# the pages are cleared first: a pass of Tiny Darknet, 32 images at 224 px, took half as long again
-# (and with its backward pass 1.4 times as long and twice the memory).
-_TENSOR = 16 << 20
 
 
 def training_bytes(memory_bytes: int | None) -> int:
@@ -34,7 +30,9 @@ def estimate_bytes(graph: Graph, batch: int, memory_bytes: int | None = None) ->
 
 
 def rows_at_once(forward: Callable[[Tensor], Tensor], row: Tensor, limit: int) -> int:
-    """Return how many rows fit into `limit` bytes, one at least; on a CPU, as it is fastest.
+    """Return how many rows fit into `limit` bytes, one at least.
+
+    On a CPU none of their tensors is larger than `TENSOR_BYTES`.
 
     Args:
         forward: what is differentiated; parameters count for nothing, as they do not grow.
@@ -45,7 +43,7 @@ def rows_at_once(forward: Callable[[Tensor], Tensor], row: Tensor, limit: int) -
     rows = limit // max(1, sum(two) - sum(one))
     if row.device.type == "cpu" and len(one) == len(two):
         largest = max((b - a for a, b in zip(one, two, strict=True)), default=0)
-        rows = min(rows, _TENSOR // max(1, largest))
+        rows = min(rows, TENSOR_BYTES // max(1, largest))
     return max(1, rows)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dfqc.compiler import machine
 from dfqc.compiler.contracts import Progress, QuantizerSupplies, QuantState
-from dfqc.compiler.graph import Graph
+from dfqc.compiler.graph import Graph, images_at_once
 from dfqc.compiler.quantize import _output
 from dfqc.compiler.quantize._caches import Budget, Cache
 from dfqc.compiler.quantize._layers import UnitLayers
@@ -191,7 +191,8 @@ class Run:
         return states[next(name for name in names if name in states)]
 
     def _stream(self, images: Rows, budget: Budget) -> Stream:
-        return Stream(images, budget, self.options.cache, self.options.pass_size, self.device)
+        batch = images_at_once(self.graph, self.options.pass_size, self.device)
+        return Stream(images, budget, self.options.cache, batch, self.device)
 
 
 def all_wide(plan: Plan) -> bool:
