@@ -50,7 +50,7 @@ from dfqc.compiler.contracts import (
     silent,
 )
 from dfqc.compiler.errors import UsageError
-from dfqc.compiler.graph import Graph, has_batch_norm, images_at_once, layer_nodes
+from dfqc.compiler.graph import Graph, has_batch_norm, layer_nodes
 from dfqc.compiler.moments import Moments, folded_moments
 from dfqc.compiler.quantize import rtn
 from dfqc.compiler.quantize._hessian import (
@@ -223,8 +223,7 @@ class _Rounder:
         if used < (asked := min(len(images), options.images)):
             level = logging.INFO if memory is None else logging.WARNING
             log.log(level, "gptq: measured on %d of %d images: memory holds no more", used, asked)
-        batch = images_at_once(self.graph, options.batch_size, device)
-        walk.run(images[:used], self._decide, batch=batch, deadline=deadline)
+        walk.run(images[:used], self._decide, batch=options.batch_size, deadline=deadline)
 
     def state(self) -> QuantState:
         """Return what was decided; layers that time did not suffice for are rounded to nearest."""
