@@ -57,7 +57,7 @@ def run(net="residual", bits="w3a3", *, calib=None, options=reconstruct.Options,
     ids=str,
 )
 def test_options_that_would_not_be_read_are_refused(given, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=f"^reconstruct: .*{message}"):
         plugin_options(reconstruct, "reconstruct", "quick", given)
 
 

@@ -59,7 +59,10 @@ def check_given(name: str) -> Callable[[Options, Sequence[str]], None]:
     """
 
     def check(options: Options, given: Sequence[str]) -> None:
-        check_options(options)
+        try:
+            check_options(options)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
         for needed, (names, is_chosen) in _READ_WITH.items():
             unread = [one for one in names if one in given]
             if unread and not is_chosen(options):
