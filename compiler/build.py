@@ -50,22 +50,44 @@ def run_build(
     job = make_job(recipe)
     check_output(job.output)
     with open_store(recipe.cache_dir) as store:
-        if any(stage.status in ("miss", "waits") for stage in make_driver(job, store).explain()):
+        stages = make_driver(job, store).explain()
+        fresh = any(stage.status in ("miss", "waits") for stage in stages)
+        if fresh:
             _check_options(recipe)
-        driver = _drive(job, store, listener)
+        driver = _drive(job, store, listener, check=fresh)
         manifest = write_build(Build(job, driver))
     if job.backend.TARGET.engine_file and job.runtime is not None and not manifest["exit_code"]:
         return run_engine(job.output, _engine_options(recipe), listener.reporter("engine"))
     return manifest
 
 
-def _check_options(recipe: Recipe) -> None:
+def _check_options(recipe: Recipe) -> tuple[Any, Any]:
     """Refuse wrong options of the quantizer, which it would read only after images were made.
 
     A build whose stages are all stored has been through this, and loads no torch for it.
+
+    Returns:
+        The plug-in and its options.
     """
     plugin = plugins.load("quantizer", recipe.quantizer)
-    plugin_options(plugin, recipe.quantizer, recipe.effort, quantizer_overrides(recipe))
+    overrides = quantizer_overrides(recipe)
+    return plugin, plugin_options(plugin, recipe.quantizer, recipe.effort, overrides)
+
+
+def _check_graph(driver: Driver) -> None:
+    """Refuse options of the quantizer that do not fit the network, once it is pruned.
+
+    A quantizer whose options name parts of the network says so in `check_graph(options, graph)`.
+    """
+    recipe: Recipe = driver.settings.recipe
+    if not quantizer_overrides(recipe):
+        return
+    plugin, options = _check_options(recipe)
+    if hasattr(plugin, "check_graph"):
+        from dfqc.compiler.passes.fold import fold
+
+        unfolded = driver.value("prune").graph or driver.value("equalize")
+        plugin.check_graph(options, fold(unfolded))
 
 
 def _engine_options(recipe: Recipe) -> EngineOptions:
@@ -85,19 +107,20 @@ def run_plan(
     job = make_job(make_recipe(flags, recipe_file))
     recipe = job.recipe
     with open_store(recipe.cache_dir) as store:
-        driver = _drive(job, store, listener, last="data")
+        driver = _drive(job, store, listener, last="data", check=True)
         facts = load_json(driver.artifact("trace").file(FACTS))
         data = load_json(driver.artifact("data").file(DATA))
         plan = load_json(driver.artifact("plan").file(PLAN))
         cut = driver.value("prune")
         graph = cut.graph or driver.value("trace")
+        unpruned = driver.value("equalize") if cut.keep else None
         free = _free(job, plan)
         narrow = narrow_share(plan_from_json(plan), free)
         stages = [dataclasses.asdict(e) for e in make_driver(job, store).explain()]
         stored = {row["name"] for row in stages if row["status"] == "hit"}
         costs = [
             dataclasses.asdict(row) | {"stored": row.stage in stored}
-            for row in estimate(job, graph, facts, data, narrow)
+            for row in estimate(job, graph, facts, data, narrow, unpruned=unpruned)
         ]
     for layer in plan["layers"]:
         if layer["name"] in free:
@@ -171,9 +194,15 @@ def _free(job: Job, plan: Mapping[str, Any]) -> tuple[str, ...]:
     return free_layers(plan_from_json(plan), recipe.rules, ends=recipe.ends_bits)
 
 
-def _drive(job: Job, store: Store, listener: Listener, *, last: str | None = None) -> Driver:
+def _drive(
+    job: Job, store: Store, listener: Listener, *, last: str | None = None, check: bool = False
+) -> Driver:
+    """Run the stages; with `check` the quantizer's options must fit the network."""
+
     def finished(record: StageRecord) -> None:
         listener.finished(record)
+        if check and record.name == "plan":
+            _check_graph(driver)
         if record.name == "trace":  # before the hours that a wrong normalization would waste
             facts = load_json(driver.artifact("trace").file(FACTS))
             if note := assumed_note(facts["image"]):

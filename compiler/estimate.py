@@ -47,16 +47,18 @@ def estimate(
     narrow: float = 1.0,
     *,
     seconds_per_image: float | None = None,
+    unpruned: Graph | None = None,
 ) -> list[Estimate]:
     """Return the stages that cost more than a moment, in order.
 
     Args:
         job: what will be built.
-        graph: the traced model.
+        graph: the traced model, pruned if it is.
         facts: what the trace stage says of it.
         data: what the data stage found.
         narrow: the share of the layers that get less than 8 bits.
         seconds_per_image: of a forward pass; measured here if it is not given.
+        unpruned: the model before channels were removed, if any were.
     """
     recipe = job.recipe
     image = _seconds_per_image(graph) if seconds_per_image is None else seconds_per_image
@@ -80,7 +82,7 @@ def estimate(
         *_refit(recipe, image, activations),
         *_allocation(recipe, facts, image),
         *_autotune(recipe, facts, image),
-        _quantization(recipe, graph, image, pixels, activations, narrow),
+        _quantization(recipe, graph, image, pixels, activations, narrow, unpruned),
         Estimate("correct", 3 * min(recipe.samples, 256) * image, pixels + 32 * activations),
         Estimate("float", 2.0 + weights / 50e6, 6 * weights),
         *([Estimate("pruned", 2.0 + weights / 50e6, 6 * weights)] if recipe.prunes else []),
@@ -108,14 +110,20 @@ def narrow_share(plan: Plan, free: Collection[str] = ()) -> float:
 
 
 def _quantization(
-    recipe: Recipe, graph: Graph, image: float, pixels: int, activations: int, narrow: float
+    recipe: Recipe,
+    graph: Graph,
+    image: float,
+    pixels: int,
+    activations: int,
+    narrow: float,
+    unpruned: Graph | None,
 ) -> Estimate:
     """Return what the quantizer says of itself: passes of the network, and caches."""
     plugin = plugins.load("quantizer", recipe.quantizer)
     overrides = quantizer_overrides(recipe)
     options = plugin_options(plugin, recipe.quantizer, recipe.effort, overrides)
     seconds = plugin.count_passes(options, recipe.samples, narrow) * image
-    kept = plugin.count_bytes(options, graph, recipe.samples, recipe.memory_bytes)
+    kept = plugin.count_bytes(options, graph, recipe.samples, recipe.memory_bytes, unpruned)
     return Estimate("quantize", seconds, pixels + _QUANTIZER_BATCH * activations + kept)
 
 

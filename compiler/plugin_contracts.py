@@ -88,7 +88,12 @@ class QuantizerPlugin(Protocol):
         ...
 
     def count_bytes(
-        self, options: Any, graph: Graph, samples: int, memory_bytes: int | None = None
+        self,
+        options: Any,
+        graph: Graph,
+        samples: int,
+        memory_bytes: int | None = None,
+        unpruned: Graph | None = None,
     ) -> int:
         """Return what is kept beside the model, the images and one batch's activations.
 
@@ -97,6 +102,7 @@ class QuantizerPlugin(Protocol):
             graph: what is quantized.
             samples: calibration images.
             memory_bytes: `--memory`.
+            unpruned: what it was before channels were removed, if any were.
         """
         ...
 

@@ -112,6 +112,20 @@ def test_options_of_the_quantizer_are_read_before_any_work(build, workspace):
     assert not list(workspace.cache.rglob("artifact.json"))  # nothing was traced, nothing made
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["fresh", "planned before"])
+def test_names_of_blocks_are_read_before_images_are_made(build, workspace, capsys, planned):
+    if planned:
+        assert run(capsys, workspace, "plan", *workspace.weights(), *QUICK).code == 0
+    given = (*QUICK, "--quantizer", "brecq", "--quantizer-option", "join=layer1..nowhere")
+    message = build(*workspace.weights(), *given, code=2)
+    assert "brecq: join: expected FIRST..LAST" in message
+    assert "the blocks are: " in message
+    made = {json.loads(p.read_text())["stage"] for p in workspace.cache.rglob("artifact.json")}
+    assert "plan" in made
+    assert "synthesize" not in made
+    assert run(capsys, workspace, "plan", *workspace.weights(), *given).code == 2
+
+
 def test_unknown_recipe_key(build, workspace):
     recipe = workspace.root / "recipe.yaml"
     recipe.write_text("bits: w4a4\ninputsize: 3x16x16\n")

@@ -7,10 +7,11 @@ import quantized
 from dfqc.compiler.channels import find_groups, remove
 from dfqc.compiler.contracts import Pruned, QuantizerSupplies
 from dfqc.compiler.graph import node_shapes
+from dfqc.compiler.judging import count_judges
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.restore import Options as RestoreOptions
 from dfqc.compiler.passes.restore import restore
-from dfqc.compiler.quantize import reconstruct
+from dfqc.compiler.quantize import _caches, _passes, reconstruct
 from dfqc.compiler.quantize._targets import make_targets
 from dfqc.compiler.quantize._units import list_units, merge_blocks
 from dfqc.compiler.simulate import simulated
@@ -112,3 +113,26 @@ def test_fitting_to_the_original_brings_the_network_nearer_to_it(net, options):
     assert near < 0.9 * far
     scores = state.info["heldout_distance"]
     assert state.info["kept"] == min(scores, key=scores.get)
+
+
+@pytest.mark.parametrize("unit", ["block", "layer"])
+@pytest.mark.parametrize("net", ["plain", "residual", "depthwise", "squeeze_excite"])
+def test_what_caches_hold_of_the_original_is_planned(net, unit, monkeypatch):
+    """As `plan` does it: from graphs whose batch norms are not folded."""
+    most = [0]
+
+    class Watched(_caches.Budget):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            most[0] = max(most[0], self.used) if name == "used" else most[0]
+
+    monkeypatch.setattr(_passes, "Budget", Watched)
+    monkeypatch.setattr(reconstruct, "_CHOOSING", 16)  # all that there are
+    chosen = {"unit": unit, "iterations": 2, "tune_iterations": 0, "skip_wide": False, "copies": 1}
+    chosen["least_layers"] = 1
+    reconstruct_pruned(net, unpruned=True, **chosen)
+    graph, keep, _ = cut(net, 0.5)
+    asked = reconstruct.Options(**chosen)
+    rows = 32 - count_judges(32) + 16
+    planned = rows * reconstruct._cached_values(asked, remove(graph, keep), 4, graph)
+    assert most[0] <= planned <= 1.6 * most[0]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dfqc.compiler.errors import UsageError
+from dfqc.compiler.quantize._units import read_spans
 
 if TYPE_CHECKING:
+    from dfqc.compiler.graph import Graph
     from dfqc.compiler.quantize.reconstruct import Options
 
 # What must be chosen for some options to be read, and whether it is.
@@ -71,6 +73,21 @@ def check_given(name: str) -> Callable[[Options, Sequence[str]], None]:
                     f"{name}: {', '.join(unread)} {are} read with {needed} only: leave {them} "
                     f"out, or give that"
                 )
+
+    return check
+
+
+def check_graph(name: str) -> Callable[[Options, Graph], None]:
+    """Return the check of the plug-in of that name whether its options fit a folded graph.
+
+    The check raises `UsageError` for names of blocks that the graph does not have.
+    """
+
+    def check(options: Options, graph: Graph) -> None:
+        try:
+            read_spans(graph, options.join)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
 
     return check
 

@@ -127,13 +127,19 @@ def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
 
 
 def count_bytes(
-    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+    options: Options,
+    graph: Graph,
+    samples: int,
+    memory_bytes: int | None = None,
+    unpruned: Graph | None = None,
 ) -> int:
     """Return what is kept: the student thrice, and the generator with its optimizer."""
     maker = plugins.load("synthesizer", OPPONENT)
     start = 0
     if options.start == "reconstruct":
-        start = reconstruct.count_bytes(_start_options(options), graph, samples, memory_bytes)
+        start = reconstruct.count_bytes(
+            _start_options(options), graph, samples, memory_bytes, unpruned
+        )
     players = 4 * 6 * count_params(graph) + int(maker.count_player_bytes(graph, options))
     return max(start, players + judging_bytes(graph, samples))
 

@@ -37,3 +37,4 @@ PRESETS: dict[str, dict[str, object]] = {
 count_passes, count_bytes = reconstruct.count_passes, reconstruct.count_bytes
 quantize = reconstruct.named("brecq")
 check_given = _check.check_given("brecq")
+check_graph = _check.check_graph("brecq")

@@ -47,3 +47,4 @@ PRESETS: dict[str, dict[str, object]] = {
 count_passes, count_bytes = reconstruct.count_passes, reconstruct.count_bytes
 quantize = reconstruct.named("genie-m")
 check_given = _check.check_given("genie-m")
+check_graph = _check.check_graph("genie-m")

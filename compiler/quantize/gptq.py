@@ -95,7 +95,11 @@ def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
 
 
 def count_bytes(
-    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+    options: Options,
+    graph: Graph,
+    samples: int,
+    memory_bytes: int | None = None,
+    unpruned: Graph | None = None,
 ) -> int:
     """Return what is kept: the walked images' live activations in both lanes, and a Hessian's."""
     layers = [graph.module.get_submodule(name) for name, _ in layer_nodes(graph)]

@@ -125,11 +125,15 @@ def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
 
 
 def count_bytes(
-    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+    options: Options,
+    graph: Graph,
+    samples: int,
+    memory_bytes: int | None = None,
+    unpruned: Graph | None = None,
 ) -> int:
     """Return what is kept: the optimizer's numbers, and a batch's activations for the gradient."""
     plugin, chosen = _start_of(options)
-    ready: int = plugin.count_bytes(chosen, graph, samples, memory_bytes)
+    ready: int = plugin.count_bytes(chosen, graph, samples, memory_bytes, unpruned)
     weights = sum(p.numel() for p in graph.module.parameters())
     values = sum(math.prod(shape[1:]) for shape in node_shapes(graph).values())
     batch = min(options.batch_size, samples)

@@ -35,3 +35,4 @@ PRESETS: dict[str, dict[str, object]] = {
 count_passes, count_bytes = reconstruct.count_passes, reconstruct.count_bytes
 quantize = reconstruct.named("qdrop")
 check_given = _check.check_given("qdrop")
+check_graph = _check.check_graph("qdrop")

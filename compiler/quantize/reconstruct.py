@@ -144,37 +144,55 @@ def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
 
 
 def count_bytes(
-    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+    options: Options,
+    graph: Graph,
+    samples: int,
+    memory_bytes: int | None = None,
+    unpruned: Graph | None = None,
 ) -> int:
     """Return what is kept: a unit's inputs and outputs, or what the closed form keeps."""
     closed = gptq.count_bytes(gptq.Options.model_validate({}), graph, samples, memory_bytes)
     learning = estimate_bytes(graph, min(options.batch_size, samples), memory_bytes)
     width = {"float32": 4, "float16": 2, "recompute": 0}[options.cache]
     rows = options.copies * (samples - count_judges(samples)) + _CHOOSING
-    cached = min(cache_bytes(memory_bytes), int(rows * _cached_values(options, graph, width)))
+    cached = int(rows * _cached_values(options, graph, width, unpruned))
+    cached = min(cache_bytes(memory_bytes), cached)
     return max(closed, learning + cached) + judging_bytes(graph, samples)
 
 
-def _cached_values(options: Options, graph: Graph, width: int) -> float:
+def _cached_values(
+    options: Options, graph: Graph, width: int, unpruned: Graph | None = None
+) -> float:
     """Return the bytes that caches hold per image where they hold most, each value of `width`.
 
     In a unit: its inputs of both networks and its target, Fisher's weights of half the width of
     float32 beside it; a layer's unit, those of its block too. Between two units: the next one's
-    inputs, and the last one's in the quantized network.
+    inputs, and the last one's in the quantized network. What comes from the `unpruned` network is
+    as wide as that, until a unit takes the channels that are left.
     """
-    size = {name: math.prod(shape) for name, shape in node_shapes(graph).items()}
+    size = _values(graph)
+    whole = size if unpruned is None else size | _values(unpruned)
     nodes = dict(layer_nodes(graph))
     regions = merge_blocks(graph, nodes, options.merge, options.least_layers, options.join)
     fisher = 2.0 if options.weighting == "fisher" else 0.0
     most = 0.0
     for block in regions:
         entry, end = size[block.entry], size[block.exit]
-        held = [2 * entry + end, entry + 2 * end] if options.unit == "block" else [entry + 2 * end]
+        both = whole[block.entry] + entry  # where the unit begins, in both networks
+        picked = entry if whole[block.entry] != entry else 0
+        held = [both + whole[block.exit], entry + whole[block.exit] + end]
+        if options.unit == "block":
+            held.append(both + picked + end)
         for name in block.layers if options.unit == "layer" else ():
             into, out = size[nodes[name].all_input_nodes[0].name], size[nodes[name].name]
-            held.append(2 * entry + 2 * into + out)
+            held.append(both + 2 * into + out)
         most = max(most, width * max(held) + fisher * end)
     return most
+
+
+def _values(graph: Graph) -> dict[str, int]:
+    """Return the values of every node of a graph, for one image."""
+    return {name: math.prod(shape) for name, shape in node_shapes(graph).items()}
 
 
 def named(name: str) -> Callable[..., QuantState]:
@@ -214,6 +232,7 @@ def named(name: str) -> Callable[..., QuantState]:
 
 quantize = named("reconstruct")
 check_given = _check.check_given("reconstruct")
+check_graph = _check.check_graph("reconstruct")
 
 
 def _reconstruct(

@@ -63,7 +63,11 @@ def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
 
 
 def count_bytes(
-    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+    options: Options,
+    graph: Graph,
+    samples: int,
+    memory_bytes: int | None = None,
+    unpruned: Graph | None = None,
 ) -> int:
     """Return what is kept: histograms, which are small."""
     return 0

@@ -90,7 +90,11 @@ def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:
 
 
 def count_bytes(
-    options: Options, graph: Graph, samples: int, memory_bytes: int | None = None
+    options: Options,
+    graph: Graph,
+    samples: int,
+    memory_bytes: int | None = None,
+    unpruned: Graph | None = None,
 ) -> int:
     """Return what is kept: copies of the model, and the largest matrix a few times."""
     size = sum(p.numel() * p.element_size() for p in graph.module.parameters())
