@@ -77,17 +77,16 @@ def _check_options(recipe: Recipe) -> tuple[Any, Any]:
 def _check_graph(driver: Driver) -> None:
     """Refuse options of the quantizer that do not fit the network, once it is pruned.
 
-    A quantizer whose options name parts of the network says so in `check_graph(options, graph)`.
+    A quantizer whose options depend on the network, or on where images come from, says so in
+    `check_graph(options, unfolded, synthetic=...)`.
     """
     recipe: Recipe = driver.settings.recipe
     if not quantizer_overrides(recipe):
         return
     plugin, options = _check_options(recipe)
     if hasattr(plugin, "check_graph"):
-        from dfqc.compiler.passes.fold import fold
-
         unfolded = driver.value("prune").graph or driver.value("equalize")
-        plugin.check_graph(options, fold(unfolded))
+        plugin.check_graph(options, unfolded, synthetic=not recipe.calib_data)
 
 
 def _engine_options(recipe: Recipe) -> EngineOptions:

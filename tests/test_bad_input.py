@@ -126,6 +126,39 @@ def test_names_of_blocks_are_read_before_images_are_made(build, workspace, capsy
     assert run(capsys, workspace, "plan", *workspace.weights(), *given).code == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message", "traced"),
+    [
+        (("hessian=bn", "images=64"), "would not use images", False),
+        (("asymmetric=false", "shift_damping=1"), "shift_damping is read with asymmetric", False),
+        (("hessian=bn",), "hessian=bn needs the model with its batch norms", True),
+        (("norms=0.5",), "norms=0.5 would not be used: no batch norms are known", True),
+    ],
+    ids=str,
+)
+def test_options_of_the_closed_form_are_read_before_images_are_made(
+    build, workspace, capsys, options, message, traced
+):
+    net = workspace.weights("no_norm") if traced else workspace.weights()
+    given = (*QUICK, "--synth", "noise", "--quantizer", "gptq")
+    given += tuple(part for one in options for part in ("--quantizer-option", one))
+    assert message in build(*net, *given, code=2)
+    made = {json.loads(p.read_text())["stage"] for p in workspace.cache.rglob("artifact.json")}
+    assert ("trace" in made) == traced
+    assert "synthesize" not in made
+    assert run(capsys, workspace, "plan", *net, *given).code == 2
+
+
+def test_batch_norms_part_of_the_hessian_is_refused_with_given_images(build, workspace):
+    given = ("--calib-data", workspace.images(), "--quantizer", "gptq")
+    given += ("--quantizer-option", "norms=0.5")
+    message = build(*workspace.weights(), *QUICK, *given, code=2)
+    assert "norms=0.5 would not be used: given images count alone" in message
+    made = {json.loads(p.read_text())["stage"] for p in workspace.cache.rglob("artifact.json")}
+    assert "plan" in made
+    assert "synthesize" not in made
+
+
 def test_unknown_recipe_key(build, workspace):
     recipe = workspace.root / "recipe.yaml"
     recipe.write_text("bits: w4a4\ninputsize: 3x16x16\n")

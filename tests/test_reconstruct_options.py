@@ -46,7 +46,19 @@ def run(net="residual", bits="w3a3", *, calib=None, options=reconstruct.Options,
         ({"unit": "layer", "merge": 2}, "takes blocks together"),
         ({"percentile": 99.0}, "percentile is read with acts=percentile only"),
         ({"lr_rounding": 0, "undecided": 0.2}, "undecided is read with lr_rounding above 0 only"),
-        ({"error_weight": 0, "norm": 2.4}, "norm is read with error_weight above 0 only"),
+        (
+            {"error_weight": 0, "output_weight": 1, "norm": 2.4},
+            "norm is read with error_weight above 0 only",
+        ),
+        ({"error_weight": 0}, "error_weight=0: leaves no error to learn from"),
+        (
+            {"lr_weight_scale": 0, "lr_act_scale": 0, "lr_bias": 0, "relative": False},
+            "relative is read with a rate of scales or biases",
+        ),
+        (
+            {"lr_rounding": 0, "lr_weight_scale": 0, "lr_act_scale": 0, "lr_bias": 0, "drop": 0.1},
+            "drop is read with a rate .* above 0 only",
+        ),
         ({"order": "weights-first", "lr_act_scale": 0.1}, "lr_act_scale is read with order=joint"),
         (
             {"order": "weights-first", "inputs": "quantized", "drop": 0.2},
@@ -72,6 +84,32 @@ def test_what_a_preset_sets_is_read(name, effort):
     if name != "brecq":
         with pytest.raises(UsageError, match=f"^{name}: lr_act_second is read with"):
             plugin_options(plugin, name, effort, {"lr_act_second": 0.1})
+
+
+@pytest.mark.parametrize("name", ["rtn", "squant", "gptq", "udfc"])
+def test_a_percentile_is_read_with_its_ranges_only(name):
+    plugin = plugins.load("quantizer", name)
+    with pytest.raises(UsageError, match=f"^{name}: percentile is read with acts=percentile only"):
+        plugin_options(plugin, name, "quick", {"percentile": 99.0})
+    chosen = plugin_options(plugin, name, "quick", {"percentile": 99.0, "acts": "percentile"})
+    assert chosen.percentile == 99.0
+
+
+def test_rounding_alone_has_all_iterations(monkeypatch):
+    seen = []
+    train = _passes.train_unit
+
+    def spy(region, layers, grids, data, options, **rest):
+        seen.append(options.iterations)
+        return train(region, layers, grids, data, options, **rest)
+
+    monkeypatch.setattr(_passes, "train_unit", spy)
+    chosen = {"iterations": 5, "tune_iterations": 0, "keep_best": False}
+    run(**chosen, lr_weight_scale=0, lr_act_scale=0, lr_bias=0)
+    assert set(seen) == {5}
+    seen.clear()
+    run(**chosen)
+    assert set(seen) == {2, 3}  # steps and biases alone, then rounding too
 
 
 def test_rounding_that_is_not_learned_needs_no_loss_that_decides_it():

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dfqc.compiler.errors import UsageError
+from dfqc.compiler.passes.fold import fold
+from dfqc.compiler.quantize._given import RANGES, ReadWith, refuse_unread
 from dfqc.compiler.quantize._units import read_spans
 
 if TYPE_CHECKING:
     from dfqc.compiler.graph import Graph
     from dfqc.compiler.quantize.reconstruct import Options
 
+
+def _learns(options: Options) -> bool:
+    """Report whether units learn anything."""
+    return options.lr_rounding > 0 or _learns_sizes(options)
+
+
+def _learns_sizes(options: Options) -> bool:
+    """Report whether units learn what has a size of its own: scales or biases."""
+    steps = options.lr_act_scale if options.order == "joint" else options.lr_act_second
+    return max(options.lr_weight_scale, options.lr_bias, steps) > 0
+
+
 # What must be chosen for some options to be read, and whether it is.
-_READ_WITH: dict[str, tuple[tuple[str, ...], Callable[[Options], bool]]] = {
+_READ_WITH: ReadWith = {
+    "a rate (lr_rounding, lr_weight_scale, ...) above 0": (
+        ("iterations", "inputs", "drop", "error_weight", "norm", "weighting", "output_weight"),
+        _learns,
+    ),
+    "a rate of scales or biases (lr_weight_scale, lr_bias, ...) above 0": (
+        ("relative", "step_share"),
+        _learns_sizes,
+    ),
     "rounding=soft": (
         ("round_weight", "warm_up", "power_start", "power_end"),
         lambda options: options.rounding == "soft",
@@ -50,7 +72,7 @@ _READ_WITH: dict[str, tuple[tuple[str, ...], Callable[[Options], bool]]] = {
     ),
     "unit=block": (("least_layers", "join"), lambda options: options.unit == "block"),
     "keep_best=true": (("compete",), lambda options: options.keep_best),
-    "acts=percentile": (("percentile",), lambda options: options.acts == "percentile"),
+    **RANGES,
 }
 
 
@@ -65,27 +87,24 @@ def check_given(name: str) -> Callable[[Options, Sequence[str]], None]:
             check_options(options)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-        for needed, (names, is_chosen) in _READ_WITH.items():
-            unread = [one for one in names if one in given]
-            if unread and not is_chosen(options):
-                them, are = ("it", "is") if len(unread) == 1 else ("them", "are")
-                raise UsageError(
-                    f"{name}: {', '.join(unread)} {are} read with {needed} only: leave {them} "
-                    f"out, or give that"
-                )
+        refuse_unread(name, _READ_WITH, options, given)
 
     return check
 
 
-def check_graph(name: str) -> Callable[[Options, Graph], None]:
-    """Return the check of the plug-in of that name whether its options fit a folded graph.
+class _CheckGraph(Protocol):
+    def __call__(self, options: Options, unfolded: Graph, *, synthetic: bool) -> None: ...
+
+
+def check_graph(name: str) -> _CheckGraph:
+    """Return the check of the plug-in of that name whether its options fit an unfolded graph.
 
     The check raises `UsageError` for names of blocks that the graph does not have.
     """
 
-    def check(options: Options, graph: Graph) -> None:
+    def check(options: Options, unfolded: Graph, *, synthetic: bool) -> None:
         try:
-            read_spans(graph, options.join)
+            read_spans(fold(unfolded), options.join)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
 
@@ -102,6 +121,11 @@ def check_options(options: Options) -> None:
         raise UsageError(
             "unit=layer: output_weight and weighting=fisher follow a unit's output to the end of "
             "the network, which needs unit=block"
+        )
+    if not options.error_weight and not options.output_weight and _learns(options):
+        raise UsageError(
+            "error_weight=0: leaves no error to learn from; give output_weight above 0, "
+            "or leave it out"
         )
     if options.inputs == "mixed" and not options.drop:
         raise UsageError(

@@ -307,7 +307,8 @@ class _Trainer:
         """Return what is learned one after the other: steps and biases alone, then rounding too."""
         train, share = self.one.train, self.run.options.step_share
         first = round(share * train.iterations)
-        if not first or not self.one.weights or first == train.iterations:
+        steps = max(train.lr_weight_scale, train.lr_act_scale, train.lr_bias)
+        if not first or not self.one.weights or not steps or first == train.iterations:
             return [dataclasses.replace(self.one, name=LEARNED)]
         alone = {"iterations": first, "lr_rounding": 0.0, "round_weight": 0.0}
         rest = {"iterations": train.iterations - first}

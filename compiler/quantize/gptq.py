@@ -49,10 +49,9 @@ from dfqc.compiler.contracts import (
     QuantState,
     silent,
 )
-from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph, has_batch_norm, layer_nodes
 from dfqc.compiler.moments import Moments, folded_moments
-from dfqc.compiler.quantize import rtn
+from dfqc.compiler.quantize import _gptq_check, rtn
 from dfqc.compiler.quantize._hessian import (
     SecondMoments,
     blend_moments,
@@ -85,7 +84,7 @@ class Options(rtn.Options, Rounding):
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
-_OF_IMAGES = ("asymmetric", "shift_damping", "images", "norms")  # options without meaning for `bn`
+check_given, check_graph = _gptq_check.check_given, _gptq_check.check_graph
 _SOLVING = 10.0  # of gathering moments and rounding, in passes of the images that are walked
 
 
@@ -143,7 +142,7 @@ def quantize(
         UsageError: `bn` without the unfolded graph, or with options of the images' Hessian; of
             `rtn.activation_grids`.
     """
-    _check(options)
+    _gptq_check.check_options(options)
     del rng
     start = time.monotonic()
     deadline = None if supplies.seconds is None else start + supplies.seconds
@@ -161,31 +160,15 @@ def quantize(
     return rounder.state()
 
 
-def _check(options: Options) -> None:
-    unused = [name for name in _OF_IMAGES if name in options.model_fields_set]
-    if options.hessian == "bn" and unused:
-        raise UsageError(
-            f"gptq: hessian=bn sees no images and would not use {', '.join(unused)}: leave "
-            f"{'it' if len(unused) == 1 else 'them'} out, or give hessian=images"
-        )
-
-
 def _read_norms(
     graph: Graph, calib: CalibSet, options: Options, unfolded: Graph | None
 ) -> Mapping[str, Moments]:
     """Return the moments of layers' inputs that the Hessian, or a part of it, is made from."""
-    if options.hessian == "bn":
-        if unfolded is None:
-            raise UsageError("gptq: hessian=bn needs the model with its batch norms, got none")
-        return folded_moments(unfolded, graph)
-    if not options.norms:
+    _gptq_check.check_graph(options, unfolded, synthetic=calib.synthetic)
+    asked = options.hessian == "bn" or (options.norms > 0 and calib.synthetic)
+    if not asked or unfolded is None or not has_batch_norm(unfolded):
         return {}
-    if calib.synthetic and unfolded is not None and has_batch_norm(unfolded):
-        return folded_moments(unfolded, graph)
-    if options.norms != Options.model_fields["norms"].default:
-        why = "no batch norms are known" if calib.synthetic else "given images count alone"
-        raise UsageError(f"gptq: norms={options.norms:g} would not be used: {why}; leave it out")
-    return {}
+    return folded_moments(unfolded, graph)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from dfqc.compiler.contracts import (
 )
 from dfqc.compiler.errors import UsageError
 from dfqc.compiler.graph import Graph
+from dfqc.compiler.quantize import _given
 from dfqc.compiler.quantize._norm_ranges import norm_histograms
 from dfqc.compiler.quantize._ranges import (
     Histogram,
@@ -55,6 +56,7 @@ class Options(BaseModel):
 _TIE, _TIES = 0.01, 0.5  # of a code from halfway; a part of the pixel values
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+check_given = _given.check_given("rtn", _given.RANGES)
 
 
 def count_passes(options: Options, samples: int, narrow: float = 1.0) -> float:

@@ -23,7 +23,7 @@ from dfqc.compiler.contracts import (
     silent,
 )
 from dfqc.compiler.graph import Graph
-from dfqc.compiler.quantize import rtn
+from dfqc.compiler.quantize import _given, rtn
 from dfqc.compiler.spec import Plan
 
 
@@ -34,6 +34,7 @@ class Options(rtn.Options):
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+check_given = _given.check_given("squant", _given.RANGES)
 count_passes, count_bytes = rtn.count_passes, rtn.count_bytes
 
 

@@ -38,7 +38,7 @@ from dfqc.compiler.passes.bias import RESTORED
 from dfqc.compiler.passes.fold import fold
 from dfqc.compiler.passes.restore import Compensation, Restorer
 from dfqc.compiler.passes.restore import Options as RestoreOptions
-from dfqc.compiler.quantize import rtn
+from dfqc.compiler.quantize import _given, rtn
 from dfqc.compiler.quantize._ranges import weight_grid
 from dfqc.compiler.quantize.squant import flip_codes
 from dfqc.compiler.spec import LayerPlan, Plan
@@ -81,6 +81,7 @@ class Options(RestoreOptions):
 
 
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "standard": {}, "max": {}}
+check_given = _given.check_given("udfc", _given.RANGES)
 SAME = 1e-4  # relative; codes and folded weight beyond it are not of one layer
 
 
