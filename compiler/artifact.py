@@ -14,9 +14,6 @@ import json
 import logging
 import os
 import shutil
-import socket
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +21,10 @@ from typing import Any
 
 from dfqc.compiler import machine
 from dfqc.compiler.errors import EnvironmentFault
+from dfqc.compiler.ownership import is_abandoned, owned_name
 
 DEFAULT_LIMIT = 10 << 30
 _RECORD = "artifact.json"
-_SILENCE = 7 * 24 * 3600.0  # seconds; no stage runs for a week
 _LAYOUT = "v1"  # bumped when the folder layout changes: old entries are then left alone
 
 log = logging.getLogger("dfqc.store")
@@ -98,7 +95,7 @@ class Store:
         with _blaming(root):
             for name in ("objects", "temp", "leases"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-            self._lease = self.root / "leases" / _owned_name()
+            self._lease = self.root / "leases" / owned_name()
             self._lease.touch()
         self._sweep()
 
@@ -134,7 +131,7 @@ class Store:
         mean equal content.
         """
         key = digest_of(fields)
-        temp = self.root / "temp" / _owned_name()
+        temp = self.root / "temp" / owned_name()
         self._hold(key)
         try:
             with _blaming(self.root.parent):
@@ -153,7 +150,7 @@ class Store:
 
     def discard(self, key: str) -> None:
         """Remove an entry; a reader sees it whole or not at all."""
-        doomed = self.root / "temp" / _owned_name()
+        doomed = self.root / "temp" / owned_name()
         with contextlib.suppress(OSError):
             self._folder(key).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -225,7 +222,7 @@ class Store:
     def _sweep(self) -> None:
         """Remove what killed builds left behind."""
         for folder in (self.root / "temp", self.root / "leases"):
-            for path in filter(_is_abandoned, folder.iterdir()):
+            for path in filter(is_abandoned, folder.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -279,28 +276,6 @@ def _used(record: Path) -> float:
         return record.stat().st_mtime
     except OSError:  # removed by another build meanwhile
         return 0.0
-
-
-def _owned_name() -> str:
-    """Name a file so that another process can tell whether its owner still lives."""
-    return f"{socket.gethostname()}+{os.getpid()}+{uuid.uuid4().hex[:12]}"
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Report whether the owner is dead, or is on another machine and silent for long."""
-    host, _, rest = path.name.partition("+")
-    with contextlib.suppress(OSError):
-        if time.time() - path.stat().st_mtime > _SILENCE:
-            return True
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(rest.partition("+")[0]), 0)
-    except (ProcessLookupError, ValueError):
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dfqc.compiler.graph import Graph
+    from dfqc.compiler.recipe import Recipe
 
 log = logging.getLogger("dfqc.calib")
 
@@ -35,6 +36,12 @@ log = logging.getLogger("dfqc.calib")
 _NOT_PARTS = ("samples", "effort", "synth-option", "budget")
 _LEAST_SHARE = 0.25  # of the time of all batches that one gets where not all of them fit
 _LABEL_SEEDS = 1 << 20  # indices of seeds of labels are counted from here
+
+
+def synth_overrides(recipe: Recipe) -> dict[str, Any]:
+    """Return the synthesizer's options; what reads given images is told where they are."""
+    path = {"path": recipe.calib_data} if recipe.calib_data else {}
+    return {**recipe.synth_option, **path}
 
 
 def make_images(

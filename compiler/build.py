@@ -24,6 +24,7 @@ from dfqc.compiler.recipe import Recipe, make_recipe
 from dfqc.compiler.spec import plan_from_json
 from dfqc.compiler.stages import DATA, FACTS, assumed_note
 from dfqc.compiler.storage import INFO, PLAN, load_json
+from dfqc.compiler.units import format_size
 
 if TYPE_CHECKING:
     from dfqc.compiler.finish import EngineOptions
@@ -125,6 +126,14 @@ def run_plan(
         if layer["name"] in free:
             parts = (f"weight bits chosen later under {recipe.weight_limit}", layer["reason"])
             layer["reason"] = "; ".join(part for part in parts if part)
+    high = max(costs, key=lambda row: row["peak_bytes"])
+    limit = recipe.memory_bytes
+    if limit is not None and high["peak_bytes"] > limit:
+        log.warning(
+            "stage %s is estimated to need %s, and --memory is %s: the build may end there with "
+            "exit code 8",
+            *(high["stage"], format_size(high["peak_bytes"]), format_size(limit)),
+        )
     return {
         "model": {"source": recipe.model, **facts},
         "target": recipe.target,
@@ -137,7 +146,7 @@ def run_plan(
         "quantizers": plan["quantizers"],
         "estimate": costs,
         "seconds": sum(row["seconds"] for row in costs if not row["stored"]),
-        "peak_bytes": max(row["peak_bytes"] for row in costs),
+        "peak_bytes": high["peak_bytes"],
         "stages": stages,
     }
 

@@ -31,4 +31,11 @@ def describe_choice(quantization: Mapping[str, Any]) -> str | None:
     rest = ", ".join(f"{_STATES.get(name, name)} {found[name]:.3g}" for name in others)
     beside = f"; beside it {rest}" if rest else ""
     name = _STATES.get(str(kept), str(kept))
-    return f"{name}, divergence {found[kept]:.3g} from float on held-out images{beside}"
+    text = f"{name}, divergence {found[kept]:.3g} from float on held-out images{beside}"
+    distance = quantization.get("matched_distance") or {}
+    for other in quantization.get("led_astray") or ():
+        text += (
+            f"; {_STATES.get(other, other)} is out for {distance[other]:.3g} on images that match "
+            f"the batch norms in another way, where the closed form has {distance['start']:.3g}"
+        )
+    return text

@@ -41,6 +41,11 @@ class Stage:
     seeded: bool = False  # its output depends on the seed
 
 
+_BEFORE = "before it began"
+_LESS = "lower --samples"
+_SMALLER = dict.fromkeys(("synthesize", "quantize"), f"{_LESS} or its batch size")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Wall-clock and memory a run may use; None: no limit."""
@@ -92,7 +97,7 @@ class Driver:
         """Bring every stage up to date, in order; finished work survives any fault."""
         self._start = time.monotonic()
         for position, stage in enumerate(self.stages):
-            self.enforce(stage.name, "before it began")
+            self.enforce(stage.name, _BEFORE)
             try:
                 record = self._settle(stage)
             except KeyboardInterrupt:
@@ -105,7 +110,7 @@ class Driver:
                     raise
                 raise EnvironmentFault(
                     f"stage {stage.name} ran out of memory ({error}); finished stages are stored: "
-                    "free memory, or lower --samples or the synthesizer's batch_size"
+                    f"free memory, or {_SMALLER.get(stage.name, _LESS)}"
                 ) from error
             self.records.append(record)
             if stage.save is not None:  # whether a derived stage runs at all shows only later
@@ -176,9 +181,10 @@ class Driver:
                 "finished work is stored: run again to go on, or lower --samples or --effort"
             )
         if memory is not None and (used := machine.current_rss()) > memory:
+            way = "" if when == _BEFORE else f", or {_SMALLER.get(stage, _LESS)}"
             raise EnvironmentFault(
                 f"stage {stage} ({when}) uses {format_size(used)}, over --memory "
-                f"{format_size(memory)}; lower --samples or the synthesizer's batch_size"
+                f"{format_size(memory)}; give more{way}"
             )
 
     def _settle(self, stage: Stage) -> StageRecord:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
 from dfqc.compiler.allocate import CHUNK_BYTES, WIDTHS, images_for
-from dfqc.compiler.batches import split_evenly
+from dfqc.compiler.batches import split_evenly, synth_overrides
 from dfqc.compiler.job import Job
 from dfqc.compiler.options import plugin_options
 from dfqc.compiler.pruning import quantizer_overrides
@@ -160,7 +160,7 @@ def _autotune(recipe: Recipe, facts: Mapping[str, Any], image: float) -> list[Es
 def _options(job: Job) -> Any:
     recipe = job.recipe
     plugin = plugins.load("synthesizer", recipe.synth)
-    return plugin_options(plugin, recipe.synth, recipe.effort, recipe.synth_option)
+    return plugin_options(plugin, recipe.synth, recipe.effort, synth_overrides(recipe))
 
 
 def _passes(

@@ -1,6 +1,7 @@
 """A title in, a `Progress` out: a bar on a terminal, sparse lines elsewhere, stdout never.
 
-`done` starting over (the next batch of the same work) starts a new bar and a new estimate.
+`done` starting over (the next batch of the same work) starts a new bar and a new estimate; 0, the
+estimate alone: what came before is no measure of the steps.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Lines:
     def __call__(self, done: int, total: int, note: str) -> None:
         """Report that `done` of `total` steps are finished."""
         now = self.clock()
-        if done < self.done:
+        if done < self.done or not done:
             self.start, self.first = now, done
         self.done = done
         if now - self.written < INTERVAL:

@@ -250,10 +250,10 @@ def _check_weight_limit(recipe: Recipe, target: TargetSpec) -> None:
             "in float; give bits such as w8a8, whose activation bits are kept"
         )
     narrow, wide = (end(widths(target)) for end in (min, max))
-    if recipe.avg_bits is not None and recipe.avg_bits < narrow:
+    if recipe.avg_bits is not None and not narrow <= recipe.avg_bits <= wide:
+        side = "below the narrowest" if recipe.avg_bits < narrow else "above the widest"
         raise UsageError(
-            f"{limit}: below the narrowest weights of target '{target.name}'; expected "
-            f"{narrow} to {wide}"
+            f"{limit}: {side} weights of target '{target.name}'; expected {narrow} to {wide}"
         )
 
 
@@ -269,6 +269,11 @@ def _check_calibration(recipe: Recipe) -> None:
     if recipe.calib_data and recipe.synth != "images":
         raise UsageError(
             f"--calib-data gives images and --synth {recipe.synth} makes them: use one of both"
+        )
+    unread = [name for name in recipe.synth_option if name != "batch_size"]
+    if recipe.calib_data and unread:
+        raise UsageError(
+            f"--synth-option {unread[0]}: --calib-data gives images, and makes none; leave it out"
         )
     if recipe.zoo and not plugins.constant("synthesizer", recipe.synth, "USES_ZOO"):
         names = plugins.available("synthesizer")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqc.compiler import plugins
-from dfqc.compiler.batches import join, make_images
+from dfqc.compiler.batches import join, make_images, synth_overrides
 from dfqc.compiler.contracts import CalibSet, ImageSpec
 from dfqc.compiler.driver import Context
 from dfqc.compiler.options import plugin_options
@@ -48,10 +48,7 @@ def synthesize(context: Context) -> tuple[CalibSet, bytes]:
     """Make the calibration images batch by batch; beside them, their contact sheet."""
     recipe = context.settings.recipe
     plugin = plugins.load("synthesizer", recipe.synth)
-    overrides = dict(recipe.synth_option)
-    if recipe.calib_data:
-        overrides["path"] = recipe.calib_data
-    options = plugin_options(plugin, recipe.synth, recipe.effort, overrides)
+    options = plugin_options(plugin, recipe.synth, recipe.effort, synth_overrides(recipe))
     calib = make_images(
         context,
         recipe.synth,

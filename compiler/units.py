@@ -14,7 +14,7 @@ def parse_size(text: str, *, where: str) -> int:
     """Read `512m`, `8g` or `1.5GB` (powers of 1024) as bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
     if not match or float(match[1]) <= 0:
-        raise UsageError(f"{where}: got {text!r}, expected a size such as 512m or 8g")
+        raise UsageError(f"{where}: got {text!r}, expected a size such as 200k, 512m or 8g")
     return int(float(match[1]) * _SIZES[match[2]])
 
 

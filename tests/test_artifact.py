@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dfqc.compiler.artifact import Store, canonical_json, default_root, digest_of, hash_file
 from dfqc.compiler.errors import EnvironmentFault
+from dfqc.compiler.quantize._caches import Budget
 
 
 def fields(**changes):
@@ -242,6 +244,35 @@ def test_remains_of_a_killed_build_are_swept(tmp_path):
     assert list(temp.iterdir()) == []
     assert len(list(leases.iterdir())) == 1
     assert living.find(digest_of({"stage": "trace"})) is None
+
+
+def test_caches_of_a_killed_quantizer_are_swept(tmp_path):
+    code = (
+        "import os, signal, sys, torch; from pathlib import Path\n"
+        "from dfqc.compiler.artifact import Store\n"
+        "from dfqc.compiler.quantize._caches import Budget\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "budget = Budget(limit=0, folder=store.root / 'temp')\n"
+        "held = budget.allocate(4, (8,), torch.float32)\n"
+        "held.write(0, torch.ones(4, 8))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert killed.returncode == -9
+    temp = tmp_path / "v1" / "temp"
+    assert [path.stat().st_size for path in temp.rglob("*") if path.is_file()] == [128]
+    Store(tmp_path)
+    assert list(temp.iterdir()) == []
+
+
+def test_caches_of_a_living_quantizer_are_left_alone(tmp_path):
+    budget = Budget(limit=0, folder=Store(tmp_path).root / "temp")
+    held = budget.allocate(4, (8,), torch.float32)
+    held.write(0, torch.ones(4, 8))
+    Store(tmp_path)
+    assert held.read(slice(0, 4), torch.device("cpu")).sum() == 32
+    budget.close()
+    assert list((tmp_path / "v1" / "temp").iterdir()) == []
 
 
 def test_remains_on_a_shared_disk_are_swept_after_a_week(tmp_path):

@@ -16,6 +16,21 @@ def test_what_was_kept_is_said_beside_what_was_not():
     assert beside == "learned block by block 0.25, rounding to nearest 0.4"
 
 
+def test_why_the_nearest_is_not_kept_is_said():
+    about = {
+        "kept": "closed",
+        "heldout_distance": {"closed": 0.163, "reconstructed": 0.161},
+        "led_astray": ["reconstructed"],
+        "matched_distance": {"start": 0.106, "reconstructed": 0.187},
+    }
+    text = describe_choice(about)
+    assert text is not None
+    assert text.endswith(
+        "; learned block by block is out for 0.187 on images that match the batch norms in another "
+        "way, where the closed form has 0.106"
+    )
+
+
 @pytest.mark.parametrize("about", [{}, {"kept": "closed"}, {"kept": "x", "heldout_distance": {}}])
 def test_nothing_is_said_where_there_was_no_choice(about):
     assert describe_choice(about) is None

@@ -291,8 +291,18 @@ def test_a_spent_budget_stops_inside_a_stage_and_keeps_its_parts(tmp_path, monke
 
 def test_memory_over_the_limit_stops_the_run(tmp_path):
     driver = Driver(part_line([]), None, Store(tmp_path), limits=Limits(memory_bytes=1 << 20))
-    with pytest.raises(EnvironmentFault, match=r"over --memory 1\.0 MB"):
+    with pytest.raises(EnvironmentFault, match=r"over --memory 1\.0 MB; give more$"):
         driver.run()
+
+
+@pytest.mark.parametrize(
+    ("stage", "way"),
+    [("synthesize", "--samples or its batch size"), ("correct", "--samples")],
+)
+def test_what_would_take_less_memory_is_said_of_the_stage(tmp_path, stage, way):
+    driver = Driver(part_line([]), None, Store(tmp_path), limits=Limits(memory_bytes=1 << 20))
+    with pytest.raises(EnvironmentFault, match=f"; give more, or lower {way}$"):
+        driver.enforce(stage, "1 of 4 done")
 
 
 def test_finished_stages_are_announced(line, tmp_path):

@@ -58,6 +58,16 @@ def test_lines_are_sparse_and_say_the_time_left(clock):
     assert lines[-1] == "zeroq: 100 %, 100/100, 0.0 s left, loss 100"
 
 
+def test_what_came_before_the_first_step_is_no_measure_of_it(clock):
+    stream = io.StringIO()
+    report = Lines("quantize", stream, clock)
+    clock.now += 100.0
+    report(0, 10, "")
+    clock.now += 20.0
+    report(2, 10, "")
+    assert stream.getvalue().splitlines()[-1] == "quantize: 20 %, 2/10, 1 min 20 s left"
+
+
 def test_short_work_writes_nothing(clock):
     stream = io.StringIO()
     report = Lines("zeroq", stream, clock)

@@ -115,6 +115,12 @@ def test_effort_sets_the_samples_unless_given(effort):
         ({"bits": "int8"}, UsageError, "expected wNaM"),
         ({"ends": "w1a8"}, UsageError, "--ends"),
         ({"avg_bits": 1.5}, UsageError, "--avg-bits 1.5: below the narrowest.*expected 2 to 8"),
+        ({"avg_bits": 9}, UsageError, "--avg-bits 9: above the widest.*expected 2 to 8"),
+        (
+            {"calib_data": "x.npz", "synth_option": ["iterations=5"]},
+            UsageError,
+            "--synth-option iterations: --calib-data gives images, and makes none",
+        ),
         ({"avg_bits": 0}, UsageError, "--avg-bits: got 0"),
         ({"avg_bits": 4, "size": "1m"}, UsageError, "--avg-bits 4 and --size 1m.*use one of them"),
         ({"avg_bits": 4, "bits": "w32a32"}, UsageError, "leaves them in float"),

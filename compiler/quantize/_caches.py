@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dfqc.compiler.ownership import owned_name
+
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +40,9 @@ class Budget:
             self.used += size
             return Cache(torch.empty(rows, *shape, dtype=dtype), self, size)
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="dfqc-cache-", dir=self.folder)
+            self._folder = tempfile.TemporaryDirectory(
+                prefix=f"{owned_name()}-cache-", dir=self.folder
+            )
         self.spilled += size
         handle, name = tempfile.mkstemp(dir=self._folder.name)
         os.close(handle)

@@ -113,6 +113,7 @@ class Run:
         last = 0 if all_wide(self.plan) else self.options.tune_iterations
         clock = Clock.of(self.graph, self.plan, units, counts, last=last, seconds=seconds)
         report = Report(progress, sum(counts) * len(units) + last)
+        report.begin()
         budget = Budget(cache_bytes(supplies.memory_bytes), supplies.scratch)
         states, decisions = dict(self.ready), list[Decision]()
         try:

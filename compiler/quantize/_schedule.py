@@ -80,6 +80,10 @@ class Report:
     total: int
     done: int = 0
 
+    def begin(self) -> None:
+        """Say that the first iteration comes now."""
+        self.progress(0, self.total, "")
+
     def of(self, unit: str) -> Callable[[int, int, str], None]:
         """Return the progress of one unit."""
 
