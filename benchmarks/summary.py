@@ -18,8 +18,8 @@ OTHERS = ("reconstruction_speed",)  # against the published loop
 LEGEND = (
     "Drops of top-1 in points, by the simulation; from the tables `reconstruction_*.md`, which "
     "have the commands, agreement, seconds and memory. Ends `w8a8`: 8-bit first and last layer; "
-    "`same`: k bits everywhere. Bold: the smallest drop of the line. Empty: not run. Where two files "
-    "have a cell, the last by name counts: `*_since_*` were measured anew after a change."
+    "`same`: k bits everywhere. Bold: the smallest drop of the line. Empty: not run. Where two "
+    "files have a cell, the last by name counts: `*_since_*` were measured anew after a change."
 )
 BITS = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
 
