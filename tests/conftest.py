@@ -26,6 +26,12 @@ def exporter_table():
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """Draw the same numbers whatever ran before in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def workspace(tmp_path):
     """A folder with a cache of its own."""

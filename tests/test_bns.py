@@ -13,12 +13,6 @@ from dfqc.compiler.graph import Graph
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _weights():
-    """Draw the same weights whatever ran before: gradients are compared to eight digits."""
-    torch.manual_seed(0)
-
-
 class Net(nn.Module):
     """A batch norm before and behind a convolution, and one on vectors."""
 

@@ -26,12 +26,6 @@ IMAGE = ImageSpec((1, 16, 16), (PIXEL_MEAN,), (0.225,))
 COUNT = 64
 
 
-@pytest.fixture(autouse=True)
-def _weights():
-    """Draw the same weights whatever ran before: a stem of almost 0 is below the norm's epsilon."""
-    torch.manual_seed(0)
-
-
 def integrate(function, mean, std):
     """Mean and variance of function(y), y ~ N(mean, std^2), by the trapezoidal rule."""
     y = np.linspace(mean - 12 * std, mean + 12 * std, 400_001)
